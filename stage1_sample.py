@@ -1,0 +1,87 @@
+"""Stage 1: self-consistency action sampling (section 4.2).
+
+    python stage1_sample.py --model runs/x/iter0/model --trajectories runs/x/expert.jsonl --out runs/x/iter1/candidates.jsonl
+
+Replays every expert trajectory and, at each step t, samples N actions from the current policy given the history
+h_{t-1} of the expert (equation 3). A step is flagged for deliberation when the samples and the expert's action are not
+all the same (equation 4). One row a step:
+
+    {"key": "scienceworld/find-animal/12/step3", "trajectory": "scienceworld/find-animal/12", "step": 3,
+     "samples": [{"thought": "...", "action": "focus on bee"}, ... N of them; an action of "" is an invalid output],
+     "actions": [{"action": "focus on dove egg", "thought": "...", "source": "expert", "count": 2},
+                 {"action": "focus on bee", "thought": "...", "source": "sample", "count": 3}],
+     "flagged": true}
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from common import (TRAJECTORY, StageOutput, add_engine_options, dialogue, duration, generate, make_engine, normalise,
+                    parse_turn, progress, prompt_path, read_rows, run_stage, share, stable_seed)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trajectories", required=True, metavar="JSONL", help="expert trajectories, D_exp")
+    parser.add_argument("--out", required=True, metavar="JSONL")
+    parser.add_argument("--n-samples", type=int, default=5, help="N, sampled actions a step; default: %(default)s")
+    add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
+    return parser.parse_args()
+
+
+def distinct_actions(step: dict, samples: list[dict]) -> list[dict]:
+    """The candidate set {a^(1), ..., a^(N), a_t}: the expert's action first, then each new action in sampling order,
+    with the first thought that was sampled with it and how often it was sampled. Invalid outputs are left out."""
+    actions = {normalise(step["action"]): {"action": step["action"], "thought": step["thought"], "source": "expert",
+                                           "count": 0}}
+    for sample in samples:
+        if sample["action"]:
+            entry = actions.setdefault(normalise(sample["action"]), {
+                "action": sample["action"], "thought": sample["thought"], "source": "sample", "count": 0})
+            entry["count"] += 1
+    return list(actions.values())
+
+
+def is_flagged(actions: list[dict], samples: list[dict]) -> bool:
+    """Equation 4: 1(|{a^(1), ..., a^(N), a_t}| > 1). An invalid output counts as an action of its own."""
+    return len(actions) + any(not sample["action"] for sample in samples) > 1
+
+
+def main() -> None:
+    args = parse_arguments()
+    started = time.time()
+    trajectories = read_rows(args.trajectories, TRAJECTORY)
+    steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
+    prompts = {prompt_path(row["env"]) for row in trajectories}
+    with StageOutput(args.out, settings, [args.trajectories, *sorted(prompts)]) as output:
+        todo = [key for key in steps if key not in output.done]
+        engine = make_engine(args) if todo else None
+
+        def requests():
+            for key in todo:
+                row, t = steps[key]
+                yield key, dialogue(row["env"], row["instruction"], row["steps"][:t - 1]), {
+                    "n": args.n_samples, "temperature": args.temperature, "max_tokens": args.max_tokens,
+                    "seed": stable_seed(args.seed, key), "stop": ["\nObservation:"]}
+
+        for key, outputs in progress(generate(engine, requests(), args.max_live), total=len(todo), desc="sample"):
+            row, t = steps[key]
+            turns = [parse_turn(sampled.text) for sampled in outputs]
+            samples = [{"thought": turn["thought"], "action": turn["action"]} for turn in turns]
+            actions = distinct_actions(row["steps"][t - 1], samples)
+            output.write({"key": key, "trajectory": row["key"], "step": t, "samples": samples, "actions": actions,
+                          "flagged": is_flagged(actions, samples)})
+        rows = [output.done[key] for key in steps]
+        output.finish(rows)
+    flagged = [row for row in rows if row["flagged"]]
+    invalid = sum(not sample["action"] for row in rows for sample in row["samples"])
+    print(f"{len(trajectories)} trajectories -> {len(rows)} steps, {share(len(flagged), len(rows))} flagged, "
+          f"{sum(len(row['actions']) for row in flagged)} distinct actions in them, "
+          f"{share(invalid, len(rows) * args.n_samples)} samples invalid; {args.out}; {duration(time.time() - started)}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,102 @@
+"""Stage 2: rolling out every distinct action of the flagged steps (section 4.3).
+
+    python stage2_rollout.py --model runs/x/iter0/model --trajectories runs/x/expert.jsonl \\
+        --candidates runs/x/iter1/candidates.jsonl --out runs/x/iter1/rollouts.jsonl
+
+For a sampled action a^_t of a flagged step the environment is brought to the expert's state at t, executes the action,
+and the current policy plays on at temperature 1 to the end of the episode or the turn limit: e^_t ~ pi(. | h_{t-1}, a^_t)
+with final reward r_t. The expert's own action needs no rollout: its execution is the rest of the expert trajectory. One
+row a distinct action, joined to its candidate row by key:
+
+    {"key": "scienceworld/find-animal/12/step3/2", "candidate": "scienceworld/find-animal/12/step3",
+     "action": "focus on bee", "thought": "...", "source": "sample", "valid": true, "reward": 0.5, "end": "wrong focus",
+     "steps": [{"thought": "...", "action": "focus on bee", "observation": "..."}, ... to the end]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from common import (CANDIDATES, TRAJECTORY, EnvironmentPool, Episode, StageOutput, UserError, add_engine_options,
+                    duration, is_valid, make_engine, play, progress, prompt_path, read_rows, run_stage, share)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trajectories", required=True, metavar="JSONL", help="expert trajectories, D_exp")
+    parser.add_argument("--candidates", required=True, metavar="JSONL", help="what stage 1 wrote for them")
+    parser.add_argument("--out", required=True, metavar="JSONL")
+    parser.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
+    add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
+    return parser.parse_args()
+
+
+def expert_rollout(key: str, candidate: dict, action: dict, trajectory: dict) -> dict:
+    """The expert's action, executed: the rest of the expert trajectory and its reward."""
+    rest = trajectory["steps"][candidate["step"] - 1:]
+    return rollout_row(key, candidate, action, rest, trajectory["reward"], "expert")
+
+
+def branch(key: str, candidate: dict, action: dict, trajectory: dict) -> Episode:
+    """An episode that replays h_{t-1}, executes the sampled action and leaves the rest to the policy."""
+    prefix = trajectory["steps"][:candidate["step"] - 1]
+    sampled = {"thought": action["thought"], "action": action["action"]}
+    return Episode(key, trajectory["task"], forced=[*prefix, sampled])
+
+
+def rollout_row(key: str, candidate: dict, action: dict, steps: list[dict], reward: float, end: str) -> dict:
+    return {"key": key, "candidate": candidate["key"], "action": action["action"], "thought": action["thought"],
+            "source": action["source"], "valid": is_valid(steps[0]["observation"]), "reward": reward, "end": end,
+            "steps": [{name: step[name] for name in ("thought", "action", "observation")} for step in steps]}
+
+
+def main() -> None:
+    args = parse_arguments()
+    started = time.time()
+    trajectories = {row["key"]: row for row in read_rows(args.trajectories, TRAJECTORY)}
+    work = {}
+    for candidate in read_rows(args.candidates, CANDIDATES):
+        trajectory = trajectories.get(candidate["trajectory"])
+        if trajectory is None or candidate["step"] > len(trajectory["steps"]):
+            raise UserError(f"{args.candidates}: '{candidate['key']}' is no step of {args.trajectories}; "
+                            "the two files do not belong together, run stage 1 again")
+        if candidate["flagged"]:
+            for place, action in enumerate(candidate["actions"]):
+                work[f"{candidate['key']}/{place}"] = (candidate, action, trajectory)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
+    prompts = {prompt_path(row["env"]) for row in trajectories.values()}
+    strays = 0
+    with StageOutput(args.out, settings, [args.trajectories, args.candidates, *sorted(prompts)]) as output:
+        todo = []
+        for key, (candidate, action, trajectory) in work.items():
+            if key not in output.done:
+                if action["source"] == "expert":
+                    output.write(expert_rollout(key, candidate, action, trajectory))
+                else:
+                    todo.append(branch(key, candidate, action, trajectory))
+        if todo:
+            environments = {row["env"] for row in trajectories.values()}
+            with EnvironmentPool(environments.pop(), min(args.max_live, len(todo))) as pool:
+                sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens, "stop": ["\nObservation:"]}
+                episodes = play(todo, make_engine(args), pool, sampling, args.seed, args.max_turns)
+                for episode in progress(episodes, total=len(todo), desc="rollout"):
+                    candidate, action, trajectory = work[episode.key]
+                    t = candidate["step"]
+                    strays += any(mine["observation"] != theirs["observation"]
+                                  for mine, theirs in zip(episode.steps[:t - 1], trajectory["steps"]))
+                    output.write(rollout_row(episode.key, candidate, action, episode.steps[t - 1:], episode.reward,
+                                             episode.end))
+        rows = [output.done[key] for key in work]
+        output.finish(rows)
+    sampled = [row for row in rows if row["source"] == "sample"]
+    refused = sum(not row["valid"] for row in sampled)
+    better = sum(row["reward"] > work[row["key"]][2]["reward"] for row in sampled)
+    average = sum(row["reward"] for row in sampled) / len(sampled) if sampled else 0
+    print(f"{len(sampled)} sampled actions rolled out: {share(refused, len(sampled))} refused by the environment, average "
+          f"reward {average:.2f}, {better} beat the expert, {strays} met a state unlike the expert's; {args.out}; "
+          f"{duration(time.time() - started)}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,162 @@
+"""Stage 4: action deliberation synthesis (section 4.4, figure 6).
+
+    python stage4_synthesize.py --model models/SmolLM2-135M-Instruct --trajectories runs/x/expert.jsonl \\
+        --candidates runs/x/iter1/candidates.jsonl --rollouts runs/x/iter1/rollouts.jsonl \\
+        --critiques runs/x/iter1/critiques.jsonl --out runs/x/iter1/deliberations.jsonl
+
+For every flagged step the frozen base model writes one deliberation thought from the candidate actions and their
+critiques, z~_t ~ pi_base(. | {(a^(n), c^(n))}, Prompt_d) (equation 6); it ends in the expert's action. The prompt is
+prompts/deliberation.txt. A thought that fails its checks is sampled again, its form then held by a regular expression;
+after the last attempt the step keeps its old thought. Unflagged steps keep theirs too (section 4.5).
+
+Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. Steps that deliberate have
+"deliberated": true, those that fell back "fallback": [reasons]. With --expert-switch, a rollout whose reward beats the
+expert's replaces the rest of the trajectory from its step on; the row then says so in "switched".
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections import Counter
+
+from common import (CANDIDATES, CRITIQUE, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
+                    duration, fill_prompt, generate_checked, history_text, leak_in, listed_candidates, make_engine,
+                    normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage,
+                    share)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trajectories", required=True, metavar="JSONL", help="expert trajectories, D_exp")
+    parser.add_argument("--candidates", required=True, metavar="JSONL", help="what stage 1 wrote for them")
+    parser.add_argument("--rollouts", required=True, metavar="JSONL", help="what stage 2 wrote")
+    parser.add_argument("--critiques", required=True, metavar="JSONL", help="what stage 3 wrote")
+    parser.add_argument("--out", required=True, metavar="JSONL")
+    parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
+    parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
+    add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
+    return parser.parse_args()
+
+
+# --- The expert switch --------------------------------------------------------------------------------------------
+
+
+def switch_expert(trajectory: dict, rollouts: list[dict]) -> dict:
+    """The trajectory, or from the first step on where a rollout's reward beats the expert's, the best such rollout."""
+    better = [row for row in rollouts if row["reward"] > trajectory["reward"]]
+    if not better:
+        return trajectory
+    first = min(step_of(row["candidate"]) for row in better)
+    best = max((row for row in better if step_of(row["candidate"]) == first), key=lambda row: row["reward"])
+    continuation = [step | {"deliberated": False} for step in best["steps"]]
+    return trajectory | {"steps": trajectory["steps"][:first - 1] + continuation, "reward": best["reward"],
+                         "switched": {"step": first, "rollout": best["key"], "expert_reward": trajectory["reward"]}}
+
+
+def step_of(candidate_key: str) -> int:
+    return int(candidate_key.rsplit("/step", 1)[1])
+
+
+# --- Synthesis ----------------------------------------------------------------------------------------------------
+
+
+def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]]) -> list[dict]:
+    """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to compare.
+
+    A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
+    """
+    last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
+    return [{"key": row["key"], "trajectory": trajectory, "step": row["step"], "critiques": critiques[row["key"]],
+             "action": trajectory["steps"][row["step"] - 1]["action"]}
+            for row in candidates if row["flagged"] and len(row["actions"]) > 1 and row["step"] <= last]
+
+
+def deliberation_prompt(item: dict) -> str:
+    """Prompt_d: the task, the history, the candidates with their critiques, and the action to arrive at."""
+    trajectory, t = item["trajectory"], item["step"]
+    notes = "\n".join(f"- {row['action']}: {row['critique']}" for row in item["critiques"])
+    return fill_prompt("deliberation", task=trajectory["instruction"], history=history_text(trajectory["steps"][:t - 1]),
+                       candidates=notes, expert_action=item["action"])
+
+
+def deliberation_form(item: dict) -> str:
+    """Figure 6's output format as a regular expression: a sentence, a bullet for each candidate, the comparison."""
+    line = r"[A-Z][^\n]{20,300}\."
+    bullets = "".join(rf"- {re.escape(row['action'])}: {line}\n" for row in item["critiques"])
+    return rf"Thought: {line}\n\n{bullets}\n{line}\nAction: {re.escape(item['action'])}"
+
+
+def check_deliberation(item: dict, output: Output) -> tuple[str, str | None]:
+    """(the thought; None or why it is of no use)."""
+    turn = parse_turn(output.text)
+    thought = turn["thought"]
+    if normalise(turn["action"]) != normalise(item["action"]):
+        return thought, "no action line" if not turn["action"] else "another action than the expert's"
+    if set(listed_candidates(thought)) != {normalise(row["action"]) for row in item["critiques"]}:
+        return thought, "bullets are not the candidates"
+    if leak_in(thought):
+        return thought, "speaks of the scratch-pad"
+    if repeats_itself(thought):
+        return thought, "repeats itself"
+    return thought, None
+
+
+def main() -> None:
+    args = parse_arguments()
+    started = time.time()
+    candidates: dict[str, list[dict]] = {}
+    for row in read_rows(args.candidates, CANDIDATES):
+        candidates.setdefault(row["trajectory"], []).append(row)
+    rollouts: dict[str, list[dict]] = {}
+    for row in read_rows(args.rollouts, ROLLOUT):
+        rollouts.setdefault(row["candidate"].rsplit("/step", 1)[0], []).append(row)
+    critiques: dict[str, list[dict]] = {}
+    for row in read_rows(args.critiques, CRITIQUE):
+        critiques.setdefault(row["candidate"], []).append(row)
+    trajectories, plan = [], {}
+    for row in read_rows(args.trajectories, TRAJECTORY):
+        if args.expert_switch:
+            row = switch_expert(row, rollouts.get(row["key"], []))
+        trajectories.append(row)
+        for step in candidates.get(row["key"], []):
+            if step["flagged"] and len(critiques.get(step["key"], [])) != len(step["actions"]):
+                raise UserError(f"{args.critiques}: '{step['key']}' needs {len(step['actions'])} critiques and has "
+                                f"{len(critiques.get(step['key'], []))}; run stages 2 and 3 again")
+        plan |= {item["key"]: item for item in plan_steps(row, candidates.get(row["key"], []), critiques)}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
+
+    def request(item: dict, attempt: int) -> tuple[list[str], dict]:
+        form = {"regex": deliberation_form(item)} if attempt else {}
+        return [deliberation_prompt(item)], retry_sampling(args, item["key"], attempt) | form
+
+    inputs = [args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation")]
+    with StageOutput(args.out, settings, inputs) as output:
+        todo = [item for key, item in plan.items() if key not in output.done]
+        if todo:
+            results = generate_checked(make_engine(args), todo, request, check_deliberation, args.attempts, args.max_live)
+            for item, thought, refused in progress(results, total=len(todo), desc="synthesize"):
+                output.write({"key": item["key"], "thought": thought, "refused": refused})
+        for key, item in plan.items():
+            step = item["trajectory"]["steps"][item["step"] - 1]
+            written = output.done[key]
+            if written["thought"] is not None:
+                step |= {"thought": written["thought"], "deliberated": True}
+                step.pop("text", None)
+            else:
+                step["fallback"] = written["refused"]
+        results = list(output.done.values())
+        output.finish(row | {"source": "deliberation"} for row in trajectories)
+    fallbacks = sum(row["thought"] is None for row in results)
+    reasons = Counter(reason for row in results for reason in row["refused"])
+    steps = [step for row in trajectories for step in row["steps"]]
+    print(f"{len(plan)} deliberations, {share(fallbacks, len(plan))} fell back to the old thought; refused attempts: "
+          f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; "
+          f"{sum('switched' in row for row in trajectories)} trajectories switched; "
+          f"{share(sum(bool(step.get('deliberated')) for step in steps), len(steps))} steps deliberate; {args.out}; "
+          f"{duration(time.time() - started)}")
+
+
+if __name__ == "__main__":
+    run_stage(main)
