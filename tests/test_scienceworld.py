@@ -1,0 +1,74 @@
+"""What a user can rely on with ScienceWorld, in the real simulator."""
+
+import pytest
+
+from common import NO_ACTION, EnvironmentPool, Episode, ScienceWorld, UserError, list_tasks, play, turn_limit
+from stage0_sft import replay, scienceworld_expert
+
+TASK = "scienceworld/lifespan-longest-lived/0"
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = ScienceWorld()
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def expert(env):
+    return scienceworld_expert(env, TASK, None, 0)
+
+
+def test_the_splits_are_the_published_ones():
+    assert [len(list_tasks("scienceworld", split, None, None, 0)) for split in ("train", "seen", "unseen")] == [1483, 194, 211]
+
+
+def test_a_few_tasks_are_of_many_types():
+    assert len({task.split("/")[1] for task in list_tasks("scienceworld", "unseen", None, 24, 0)}) == 24
+    with pytest.raises(UserError, match="types are boil"):
+        list_tasks("scienceworld", "train", "bake", None, 0)
+
+
+def test_an_expert_reaches_the_full_score_within_the_limit_with_a_thought_for_every_step(expert):
+    assert expert["reward"] >= 0.999 and len(expert["steps"]) <= turn_limit(TASK)
+    assert all(step["thought"].endswith(".") for step in expert["steps"])
+    assert any(step["action"].startswith("teleport to") for step in expert["steps"])
+
+
+def test_the_same_actions_give_the_same_observations_in_another_process(expert):
+    with EnvironmentPool("scienceworld", 1) as pool:
+        episode = Episode("k", TASK, forced=expert["steps"])
+        (played,) = play([episode], Silent(), pool, {}, 0)
+    assert [step["observation"] for step in played.steps] == [step["observation"] for step in expert["steps"]]
+    assert (played.reward, played.end) == (expert["reward"], "success")
+
+
+class Silent:
+    """An engine that nobody asks: every step of the episode is forced."""
+    busy = False
+
+
+def test_wrong_focus_ends_the_episode_and_keeps_the_reward(env):
+    env.reset("scienceworld/find-animal/0")
+    env.step("teleport to kitchen")
+    observation, reward, end = env.step("focus on counter")
+    assert end == "wrong focus" and 0 <= reward < 1
+
+
+def test_commands_that_are_no_actions_do_not_reach_the_simulator(env):
+    env.reset(TASK)
+    assert env.step("reset task")[0].startswith("No known action")
+    assert env.step("")[0] == NO_ACTION
+    assert env.step("x" * 10_000)[0].startswith("No known action")
+
+
+@pytest.mark.parametrize("task", ["scienceworld/bake/0", "scienceworld/boil/100000", "scienceworld/boil/-1", "boil"])
+def test_an_unknown_task_is_named(env, task):
+    with pytest.raises(UserError, match="unknown ScienceWorld task"):
+        env.reset(task)
+
+
+def test_replayed_turns_are_what_the_environment_answers(env, expert):
+    again = replay(env, TASK, [(step["thought"], step["action"]) for step in expert["steps"]], None)
+    assert again["steps"] == expert["steps"] and again["reward"] == expert["reward"]
