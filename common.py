@@ -1170,6 +1170,7 @@ def finetune(args: argparse.Namespace) -> None:
     import torch
     from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments,
                               set_seed)
+    from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging
     logging.set_verbosity_error()
@@ -1209,6 +1210,7 @@ def finetune(args: argparse.Namespace) -> None:
             use_cpu=not on_gpu, train_sampling_strategy="group_by_length", logging_steps=1, save_strategy="epoch",
             save_total_limit=1, seed=args.seed, report_to="none", disable_tqdm=not sys.stderr.isatty(),
             dataloader_pin_memory=on_gpu))
+    trainer.remove_callback(PrinterCallback)  # the losses go to training.json and the summary line
     main_process = trainer.is_world_process_zero()
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     mark = fingerprint(settings, [args.data, Path(args.model) / "training.json"])
@@ -1227,6 +1229,7 @@ def finetune(args: argparse.Namespace) -> None:
     trainer.save_model(str(finished))
     if not main_process:
         return
+    (finished / "training_args.bin").unlink()  # a pickle; training.json says the same
     tokenizer.save_pretrained(finished)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
