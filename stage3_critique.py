@@ -5,8 +5,8 @@
 
 The frozen base model judges every rolled out action in the light of what came of it: c_t ~ pi_base(. | a^_t, e^_t, r_t,
 Prompt_c) (equation 5), at temperature 0. The prompt is prompts/critique.txt. What it writes is checked; a critique that
-fails is sampled again at temperature 0.5, and after the last attempt replaced by a plain sentence made of validity and
-reward. One row a rollout, with the same key:
+fails is sampled again at temperature 0.5, its form then held by a regular expression, and after the last attempt
+replaced by a plain sentence made of validity and reward. One row a rollout, with the same key:
 
     {"key": "scienceworld/find-animal/12/step3/2", "candidate": "scienceworld/find-animal/12/step3",
      "action": "focus on bee", "critique": "Focusing on the bee is possible here. ...", "fallback": false, "refused": []}
@@ -24,6 +24,8 @@ from common import (ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_eng
                     read_rows, repeats_itself, retry_sampling, run_stage, share)
 
 TAG = "Action Evaluation:"
+SENTENCE = r"[A-Z][^\n.!?*]{20,160}\."
+FORM = f"{TAG} {SENTENCE} {SENTENCE} {SENTENCE}"  # figure 5's output format, for models that do not find it by themselves
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,7 +88,9 @@ def main() -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
 
     def request(rollout: dict, attempt: int) -> tuple[list[str], dict]:
-        return [critique_prompt(rollout, trajectories[rollout["trajectory"]])], retry_sampling(args, rollout["key"], attempt)
+        form = {"regex": FORM} if attempt else {}
+        prompt = critique_prompt(rollout, trajectories[rollout["trajectory"]])
+        return [prompt], retry_sampling(args, rollout["key"], attempt) | form
 
     with StageOutput(args.out, settings, [args.trajectories, args.rollouts, prompt_path("critique")]) as output:
         todo = [row for key, row in rollouts.items() if key not in output.done]
