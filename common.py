@@ -100,6 +100,8 @@ def read_rows(path: Path | str, fields: dict) -> list[dict]:
                                     "mend or delete the line") from None
                 check_fields(row, fields, where)
                 if fields is TRAJECTORY:
+                    if row["env"].removesuffix("-practice") not in ENVIRONMENTS:
+                        raise UserError(f"{where}: field 'env' names an {unknown_environment(row['env'])}")
                     for t, step in enumerate(row["steps"], 1):
                         check_fields(step, STEP, f"{where}: step {t}")
                 rows.append(row)
@@ -621,7 +623,11 @@ def make_environment(env: str):
         return ScienceWorld()
     if env.removesuffix("-practice") == "alfworld":
         return AlfWorld(alfworld_root())
-    raise UserError(f"unknown environment '{env}'; known are {', '.join(ENVIRONMENTS)}")
+    raise UserError(unknown_environment(env))
+
+
+def unknown_environment(env: str) -> str:
+    return f"unknown environment '{env}'; known are {', '.join(ENVIRONMENTS)}"
 
 
 def environment_of(task: str) -> str:
@@ -653,7 +659,7 @@ def list_tasks(env: str, split: str, types: str | None, count: int | None, seed:
     elif env == "alfworld":
         tasks = alfworld_tasks(split, alfworld_root())
     else:
-        raise UserError(f"unknown environment '{env}'; known are {', '.join(ENVIRONMENTS)}")
+        raise UserError(unknown_environment(env))
     by_type: dict[str, list[str]] = {}
     for task in tasks:
         by_type.setdefault(task_type(task), []).append(task)
@@ -853,9 +859,12 @@ class LocalEngine:
         check_model_folder(model)
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
                             "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1",
-                            "OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false"}.items():
+                            "OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false",
+                            "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
             os.environ.setdefault(name, value)
+        import logging
         import warnings
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns while it is imported, before it reads its own level
         warnings.filterwarnings("ignore", category=FutureWarning)
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform

@@ -18,6 +18,7 @@ the actions were replayed in it. `train` minimises equation 2.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import random
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from common import (ENVIRONMENTS, PROMPTS, TRAJECTORY, AlfWorld, ScienceWorld, StageOutput, UserError,
@@ -354,8 +356,8 @@ def _with_article(noun: str) -> str:
 # --- Published trajectories ---------------------------------------------------------------------------------------
 
 
-def read_published(path: str, env: str, skip_bad: bool) -> list[tuple[str, list[tuple[str, str]]]]:
-    """[(task id, [(thought, action), ...])] of a published file (Song et al., 2024).
+def read_published(path: str, env: str, skip_bad: bool) -> dict[str, list[tuple[str, str]]]:
+    """{task id: [(thought, action), ...]} of a published file (Song et al., 2024).
 
     The file is a JSON list of {"id" or "game_file", "conversations": [{"from" or "role", "value" or "content"}, ...]}:
     the instruction, "OK", the task, then the agent's Thought/Action turns and the observations in turn.
@@ -366,10 +368,14 @@ def read_published(path: str, env: str, skip_bad: bool) -> list[tuple[str, list[
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a JSON list of trajectories, found {type(rows).__name__}")
-    readable, bad = [], []
+    readable: dict[str, list[tuple[str, str]]] = {}
+    bad = []
     for index, row in enumerate(rows):
         try:
-            readable.append((published_task(row, env), published_turns(row)))
+            task = published_task(row, env)
+            if task in readable:
+                raise UserError(f"its task {task} came before")
+            readable[task] = published_turns(row)
         except UserError as error:
             bad.append(f"{path}: row {index}: {error}")
     if bad and not skip_bad:
@@ -443,21 +449,20 @@ def trajectory_row(task: str, instruction: str, steps: list[dict], reward: float
 
 # --- Collecting in parallel ---------------------------------------------------------------------------------------
 
-worker_environment = None  # one environment per worker process
+@functools.cache
+def worker_environment(env: str):
+    """The one environment of a worker process."""
+    return make_environment(env)
 
 
-def start_worker(env: str) -> None:
-    global worker_environment
-    worker_environment = make_environment(env)
-
-
-def expert_trajectory(task: str, turns: list[tuple[str, str]] | None, max_turns: int | None, seed: int) -> dict:
+def expert_trajectory(env: str, task: str, turns: list[tuple[str, str]] | None, max_turns: int | None, seed: int) -> dict:
     """In a worker: the expert's trajectory for a task, or what became of published turns. {"key", "row" or None}."""
+    environment = worker_environment(env)
     if turns is not None:
-        row = replay(worker_environment, task, turns, max_turns)
+        row = replay(environment, task, turns, max_turns)
     else:
-        expert = scienceworld_expert if isinstance(worker_environment, ScienceWorld) else alfworld_expert
-        row = expert(worker_environment, task, max_turns, seed)
+        expert = scienceworld_expert if isinstance(environment, ScienceWorld) else alfworld_expert
+        row = expert(environment, task, max_turns, seed)
     return {"key": task, "row": row}
 
 
@@ -465,7 +470,7 @@ def collect(args: argparse.Namespace) -> None:
     """Write D_exp: the trajectories that reach the full reward, or all of the published ones with their real reward."""
     started = time.time()
     if args.published:
-        work = dict(read_published(args.published, args.env, args.skip_bad))
+        work = read_published(args.published, args.env, args.skip_bad)
     else:
         work = dict.fromkeys(list_tasks(args.env, "train", args.task_types, args.num_tasks, args.seed))
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
@@ -475,9 +480,9 @@ def collect(args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
         workers = max(1, min(args.workers, len(todo)))
         # a fresh process now and then: the simulator that solves its own tasks keeps memory
-        with ProcessPoolExecutor(workers, context, start_worker, (args.env,), max_tasks_per_child=25) as pool:
-            results = pool.map(expert_trajectory, todo, [work[task] for task in todo],
-                               [args.max_turns] * len(todo), [args.seed] * len(todo))
+        with ProcessPoolExecutor(workers, context, max_tasks_per_child=25) as pool:
+            results = pool.map(expert_trajectory, repeat(args.env), todo, [work[task] for task in todo],
+                               repeat(args.max_turns), repeat(args.seed))
             for result in progress(results, total=len(todo), desc="expert"):
                 output.write(result)
         rows = [output.done[task]["row"] for task in work if output.done[task]["row"]]

@@ -1,0 +1,163 @@
+"""What a user can rely on when text is generated: the packaged model in real vLLM, in this process and as a server."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from common import ChatFormat, ServerEngine, UserError, generate, generate_checked
+from conftest import MODEL
+
+pytestmark = pytest.mark.slow
+QUESTION = ["What is the capital of France?"]
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of a real `vllm serve`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", MODEL, "--served-model-name", "tiny", "--port", str(port),
+         "--host", "127.0.0.1", "--max-model-len", "1024", "--enforce-eager", "--no-enable-chunked-prefill",
+         "--max-num-batched-tokens", "1024"], env=os.environ | settings, start_new_session=True)
+    address = f"http://127.0.0.1:{port}/v1"
+    try:
+        while True:
+            assert process.poll() is None, "vllm serve has ended"
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        yield address
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def ask(engine, turns=QUESTION, **sampling):
+    (_, outputs), = generate(engine, [("name", turns, GREEDY | sampling)], max_live=4)
+    return outputs
+
+
+def test_the_model_answers(engine):
+    (output,) = ask(engine)
+    assert "Paris" in output.text and output.finish in ("stop", "length") and 0 < output.tokens <= 12
+
+
+def test_n_samples_differ_and_the_same_seed_gives_them_again(engine):
+    first = ask(engine, ["Tell me a story."], temperature=1.0, n=4)
+    assert len({output.text for output in first}) == 4
+    assert ask(engine, ["Tell me a story."], temperature=1.0, n=4) == first
+    assert ask(engine, ["Tell me a story."], temperature=1.0, n=4, seed=1) != first
+
+
+def test_a_regular_expression_holds_the_form(engine):
+    form = r"Action: (look around|wait)"
+    (output,) = ask(engine, regex=form)
+    assert re.fullmatch(form, output.text)
+
+
+def test_a_prompt_longer_than_the_context_says_so(engine):
+    assert [output.finish for output in ask(engine, ["word " * 3000], n=2)] == ["context", "context"]
+
+
+def test_every_request_is_answered_once_under_its_name(engine):
+    requests = [(number, [f"Count from {number}."], GREEDY) for number in range(20)]
+    names = [name for name, _ in generate(engine, requests, max_live=6)]
+    assert sorted(names) == list(range(20))
+
+
+def test_a_refused_output_is_tried_again_and_then_given_up_with_its_reasons(engine):
+    def check(item, output):
+        return output.text, None if item["key"] == "good" or item["tries"].append(1) else "not good"
+    items = [{"key": "good", "tries": []}, {"key": "bad", "tries": []}]
+    results = generate_checked(engine, items, lambda item, attempt: (QUESTION, GREEDY), check, attempts=3, max_live=2)
+    outcome = {item["key"]: (text, reasons) for item, text, reasons in results}
+    assert "Paris" in outcome["good"][0] and outcome["good"][1] == []
+    assert outcome["bad"] == (None, ["not good"] * 3) and len(items[1]["tries"]) == 3
+
+
+def test_prompts_are_the_chat_templates_own(tokenizer):
+    turns = ["Hello", "Action: look", "Observation: a room"]
+    messages = [{"role": role, "content": turn} for role, turn in zip(("user", "assistant", "user"), turns)]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ChatFormat(tokenizer).encode(turns) == ids
+
+
+def test_a_longer_dialogue_begins_with_the_shorter_one(tokenizer):
+    chat = ChatFormat(tokenizer)
+    turns = ["Hello", "Thought: x\nAction: look", "Observation: a room", "Action: wait", "Observation: time passes"]
+    for length in (1, 3, 5):
+        shorter = chat.encode(turns[:length])
+        assert chat.encode(turns)[:len(shorter)] == shorter
+
+
+def test_only_the_agents_turns_are_learnt(tokenizer):
+    chat = ChatFormat(tokenizer)
+    turns = ["Hello", "Thought: x\nAction: look", "Observation: a room", "Action: wait"]
+    ids, labels = chat.encode_for_training(turns, 1000)
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    learnt = tokenizer.decode([label for label in labels if label != -100])
+    assert learnt == "Thought: x\nAction: look<|im_end|>Action: wait<|im_end|>"
+    assert ids == chat.encode(turns) + [chat.end_of_turn]
+    shorter, _ = chat.encode_for_training(turns, len(ids) - 1)
+    assert tokenizer.decode(shorter).endswith("Action: look<|im_end|>")
+
+
+def test_a_server_answers_like_the_engine_in_the_process(engine, server):
+    remote = ServerEngine(server, "tiny", max_live=4)
+    (here,), (there,) = ask(engine), ask(remote)
+    assert (here.text, here.tokens) == (there.text, there.tokens)
+    assert len(ask(remote, temperature=1.0, n=3)) == 3
+    assert re.fullmatch("yes|no", ask(remote, regex="yes|no")[0].text)
+    assert ask(remote, ["word " * 3000])[0].finish == "context"
+    with pytest.raises(UserError, match="does not serve 'other' but tiny"):
+        ServerEngine(server, "other", max_live=1)
+
+
+def test_a_stage_runs_through_a_server(script, server, tmp_path):
+    row = {"key": "a", "env": "scienceworld", "task": "scienceworld/find-animal/0", "split": "train", "reward": 1.0,
+           "instruction": "Find an animal.", "source": "test",
+           "steps": [{"thought": "I look.", "action": "look around", "observation": "a room"}]}
+    (tmp_path / "expert.jsonl").write_text(json.dumps(row) + "\n")
+    done = script("stage1_sample.py", "--api-base", server, "--model", "tiny", "--trajectories", "expert.jsonl",
+                  "--out", "candidates.jsonl", "--n-samples", 2, "--max-tokens", 8, OPENAI_API_KEY="sk-secret")
+    assert done.returncode == 0, done.stderr
+    (candidate,) = map(json.loads, (tmp_path / "candidates.jsonl").read_text().splitlines())
+    assert candidate["key"] == "a/step1" and len(candidate["samples"]) == 2
+    assert "sk-secret" not in done.stdout + done.stderr + (tmp_path / "candidates.jsonl").read_text()
+
+
+def test_a_dead_or_occupied_address_is_one_line():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(UserError, match="no server answers"):
+            ServerEngine(address, "m", max_live=1)
+        listener.listen()
+        threading.Thread(target=answer_as_another_program, args=(listener,), daemon=True).start()
+        with pytest.raises(UserError, match="is another program using that port|no server answers|answered"):
+            ServerEngine(address, "m", max_live=1)
+
+
+def answer_as_another_program(listener):
+    while True:
+        connection, _ = listener.accept()
+        connection.sendall(b"220 mail.example ESMTP\r\n")
+        connection.close()

