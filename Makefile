@@ -71,6 +71,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 ENV_PROMPTS := prompts/$(strip $(ENV)).txt
+TASK_TABLE := $(if $(filter scienceworld,$(ENV)),prompts/scienceworld_tasks.txt)
 
 .PHONY: all iter test help venv data games clean FORCE
 
@@ -133,26 +134,26 @@ $(eval $(call remember,finetune,$(LATER_EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,evaluate,$(EVAL_OPTIONS)))
 
 # ---- Stage 0: expert trajectories, SFT ----
-$(R)/expert.jsonl: stage0_sft.py common.py prompts/scienceworld_tasks.txt $(strip $(PUBLISHED)) $(R)/.uses/expert | $(READY)
+ifeq ($(filter iter,$(MAKECMDGOALS)),)
+$(R)/expert.jsonl: stage0_sft.py common.py $(TASK_TABLE) $(strip $(PUBLISHED)) $(R)/.uses/expert | $(READY)
 	$(PYTHON) stage0_sft.py expert $(EXPERT_OPTIONS) --out $@
 
-ifneq ($(MAKECMDGOALS),iter)
 $(R)/iter0/model/config.json: $(R)/expert.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
 	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $(@D)
 
-$(R)/base/eval-seen.jsonl $(R)/base/eval-unseen.jsonl &: evaluate.py common.py $(ENV_PROMPTS) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
+$(R)/base/eval-seen.jsonl $(R)/base/eval-unseen.jsonl &: evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
 	$(PYTHON) evaluate.py run --model $(MODEL) $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 endif
 
 # ---- Stages 1 to 5 of an iteration: $(call iteration,K,K-1) ----
 define evaluation
-$(R)/iter$1/eval-seen.jsonl $(R)/iter$1/eval-unseen.jsonl &: $(R)/iter$1/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(R)/.uses/evaluate | $(READY)
+$(R)/iter$1/eval-seen.jsonl $(R)/iter$1/eval-unseen.jsonl &: $(R)/iter$1/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
 	$(PYTHON) evaluate.py run --model $(R)/iter$1/model $(EVAL_OPTIONS) $(ENGINE) --out $$(@D)
 endef
 define iteration
 $(R)/iter$1/candidates.jsonl: $(R)/$3 $(R)/iter$2/model/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
 	$(PYTHON) stage1_sample.py --model $(R)/iter$2/model --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
-$(R)/iter$1/rollouts.jsonl: $(R)/iter$1/candidates.jsonl stage2_rollout.py common.py $(ENV_PROMPTS) $(R)/.uses/rollout | $(READY)
+$(R)/iter$1/rollouts.jsonl: $(R)/iter$1/candidates.jsonl stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
 	$(PYTHON) stage2_rollout.py --model $(R)/iter$2/model --trajectories $(R)/$3 --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
 $(R)/iter$1/critiques.jsonl: $(R)/iter$1/rollouts.jsonl stage3_critique.py common.py prompts/critique.txt $(R)/.uses/base | $(BASE)
 	$(PYTHON) stage3_critique.py --trajectories $(R)/$3 --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
@@ -164,7 +165,13 @@ endef
 
 # `make iter ITER=k` takes the earlier iterations as they are, even if they are stale; `make all` makes them.
 ITERATIONS := $(if $(filter iter,$(MAKECMDGOALS)),$(ITER),$(shell seq $(ITERS)))
-$(foreach k,$(ITERATIONS),$(eval $(call iteration,$(strip $k),$(shell expr $k - 1),$(if $(filter 1,$k),expert.jsonl,iter$(shell expr $k - 1)/deliberations.jsonl))))
+before = $(shell expr $1 - 1)
+experts = $(if $(filter 1,$1),expert.jsonl,iter$(call before,$1)/deliberations.jsonl)
+$(foreach k,$(ITERATIONS),$(eval $(call iteration,$(strip $k),$(call before,$k),$(call experts,$k))))
+ifneq ($(filter iter,$(MAKECMDGOALS)),)
+MISSING := $(foreach file,$(R)/$(call experts,$(ITER)) $(R)/iter$(call before,$(ITER))/model/config.json,$(if $(wildcard $(file)),,$(file)))
+$(if $(strip $(MISSING)),$(error iteration $(strip $(ITER)) begins with $(MISSING), which is not there; make it with `make all ITERS=$(call before,$(ITER))` or `make iter` of the one before))
+endif
 $(foreach k,$(if $(filter iter,$(MAKECMDGOALS)),$(ITER),0 $(ITERATIONS)),$(eval $(call evaluation,$(strip $k))))
 
 $(R)/report.md: $(R)/base/eval-seen.jsonl $(foreach k,0 $(ITERATIONS),$(R)/iter$k/eval-seen.jsonl) evaluate.py common.py

@@ -1258,7 +1258,8 @@ def forget_other_training(part: Path, mark: str) -> None:
     """Remove the checkpoints in `part` unless they were made with the same settings and data."""
     marker = part / "fingerprint"
     if part.exists() and not (marker.exists() and marker.read_text() == mark):
-        print(f"{part}: starting afresh, its checkpoints were made with other settings or data", file=sys.stderr)
+        if any(part.glob("checkpoint-*")):
+            print(f"{part}: starting afresh, its checkpoints were made with other settings or data", file=sys.stderr)
         shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
     marker.write_text(mark)

@@ -1,0 +1,176 @@
+"""What a user can rely on with `make`: the whole loop at the smallest size, and then that only what is stale runs again."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+SMALLEST = ["RUN=t", "TASKS=2", "TEST_TASKS=1", "ITERS=1", "N=2", "MAX_TURNS=4", "MAX_TOKENS=24", "EPOCHS=1",
+            "TYPES=lifespan-longest-lived"]
+ITERATION = ["stage1_sample", "stage2_rollout", "stage3_critique", "stage4_synthesize", "stage5_finetune", "evaluate run"]
+
+
+class Project:
+    """A copy of the project that shares this checkout's set-up."""
+
+    def __init__(self, folder):
+        ignored = shutil.ignore_patterns(".git", ".venv", "models", "runs", "games", "__pycache__", ".pytest_cache")
+        shutil.copytree(ROOT, folder, ignore=ignored)
+        for name in (".venv", "models"):
+            (folder / name).symlink_to(ROOT / name)
+        self.folder, self.run = folder, folder / "runs" / "t"
+
+    def start(self, *arguments):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        return subprocess.Popen(["make", *SMALLEST, *arguments], cwd=self.folder, text=True, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+    def make(self, *arguments):
+        """-> (exit status, stdout, stderr)"""
+        process = self.start(*arguments)
+        stdout, stderr = process.communicate()
+        return process.returncode, stdout, stderr
+
+    def plan(self, *arguments, goal="all"):
+        """The scripts that `make -n` would run, in order, without the report."""
+        status, stdout, stderr = self.make("-n", goal, *arguments)
+        assert status == 0, stderr
+        return [name for name in re.findall(r"^\S*python (\w+\.py(?: expert| train| run)?)", stdout.replace(".py ", ".py "),
+                                            re.MULTILINE) if name != "evaluate.py"]
+
+    def rows(self, name):
+        return [json.loads(line) for line in (self.run / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A finished `make all`."""
+    project = Project(tmp_path_factory.mktemp("make") / "project")
+    status, project.printed, stderr = project.make("all")
+    assert status == 0, stderr
+    return project
+
+
+def scripts(*names):
+    return [" ".join([f"{name.split()[0]}.py", *name.split()[1:]]) for name in names]
+
+
+def test_the_plan_of_a_fresh_run_is_the_whole_algorithm(tmp_path):
+    plan = Project(tmp_path / "project").plan("ITERS=2")
+    assert sorted(plan) == sorted(scripts("stage0_sft expert", "stage0_sft train", "evaluate run", "evaluate run",
+                                          *ITERATION, *ITERATION))
+
+
+def test_make_all_ends_in_a_table(project):
+    table = (project.run / "report.md").read_text()
+    assert table in project.printed
+    assert re.findall(r"^\| (\S+) \|", table, re.MULTILINE) == ["model", "base", "SFT", "SAND-1"]
+    assert re.search(r"iter1: \d+ of 6 \(\d+ %\) steps flagged", table)
+
+
+def test_the_rows_of_the_stages_join_by_their_keys(project):
+    experts = {row["key"]: row for row in project.rows("expert.jsonl")}
+    candidates = {row["key"]: row for row in project.rows("iter1/candidates.jsonl")}
+    rollouts = {row["key"]: row for row in project.rows("iter1/rollouts.jsonl")}
+    critiques = project.rows("iter1/critiques.jsonl")
+    deliberations = project.rows("iter1/deliberations.jsonl")
+    assert list(candidates) == [f"{key}/step{t}" for key, row in experts.items() for t in range(1, len(row["steps"]) + 1)]
+    assert all(len(row["samples"]) == 2 for row in candidates.values())
+    assert list(rollouts) == [f"{key}/{place}" for key, row in candidates.items() if row["flagged"]
+                              for place in range(len(row["actions"]))]
+    assert [row["key"] for row in critiques] == list(rollouts)
+    assert all(row["critique"] and isinstance(row["fallback"], bool) for row in critiques)
+    for row in deliberations:
+        actions = [step["action"] for step in experts[row["key"]]["steps"]]
+        assert [step["action"] for step in row["steps"]] == actions  # ScienceWorld: the expert's actions stay
+        assert row.keys() == experts[row["key"]].keys()
+    for rollout in rollouts.values():
+        assert 0 <= rollout["reward"] <= 1 and rollout["steps"][0]["action"] == rollout["action"]
+
+
+def test_an_evaluation_holds_whole_transcripts(project):
+    for model in ("base", "iter0", "iter1"):
+        for split in ("seen", "unseen"):
+            (episode,) = project.rows(f"{model}/eval-{split}.jsonl")
+            assert 1 <= len(episode["steps"]) <= 4 and episode["split"] == split
+            assert episode["tokens"] == sum(step["tokens"] for step in episode["steps"]) > 0
+            assert all(step["observation"] for step in episode["steps"])
+
+
+def test_an_unchanged_tree_makes_nothing(project):
+    status, stdout, _ = project.make("all")
+    assert status == 0 and stdout == "make: Nothing to be done for 'all'.\n"
+
+
+@pytest.mark.parametrize("change, stale", [
+    ("prompts/critique.txt", ITERATION[2:]),
+    ("prompts/deliberation.txt", ITERATION[3:]),
+    ("prompts/scienceworld.txt", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
+    ("prompts/alfworld.txt", []),
+    ("stage2_rollout.py", ITERATION[1:]),
+    ("stage5_finetune.py", ITERATION[4:]),
+    ("evaluate.py", ["evaluate run"] * 3),
+    ("N=3", ITERATION),
+    ("TEMPERATURE=0.9", ITERATION),
+    ("TEST_TASKS=2", ["evaluate run"] * 3),
+    ("TASKS=3", ["stage0_sft expert", "stage0_sft train", "evaluate run", *ITERATION]),
+    ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
+    ("LATER_EPOCHS=2", []),
+    ("ITERS=2", ITERATION),
+    ("MAX_LIVE=4", []),
+])
+def test_a_change_makes_exactly_what_depends_on_it_stale(project, change, stale):
+    what_if = [change] if "=" in change else ["-W", change]
+    assert sorted(project.plan(*what_if)) == sorted(scripts(*stale))
+
+
+def test_iter_makes_one_iteration_and_takes_earlier_ones_as_they_are(project):
+    assert project.plan(goal="iter") == []
+    assert project.plan("ITER=2", "-W", "stage0_sft.py", "-W", "prompts/critique.txt", goal="iter") == scripts(*ITERATION)
+    status, _, stderr = project.make("iter", "ITER=3")
+    assert status == 2 and "iteration 3 begins with runs/t/iter2/deliberations.jsonl" in stderr
+
+
+def test_a_kill_loses_nothing_and_only_the_rest_is_made(project):
+    """An edited prompt, a kill -9 of everything in the middle of stage 3, and `make` again."""
+    before = project.rows("iter1/critiques.jsonl")
+    prompt = project.folder / "prompts" / "critique.txt"
+    prompt.write_text(prompt.read_text() + "\n")
+    part = project.run / "iter1" / "critiques.jsonl.part"
+    killed = project.start("all")
+    while not part.exists() or part.read_text().count("\n") < 3:  # its header and two rows
+        assert killed.poll() is None, "stage 3 ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    kept = [json.loads(line) for line in part.read_text().splitlines()[1:]]
+    assert project.rows("iter1/critiques.jsonl") == before
+    assert project.plan() == scripts(*ITERATION[2:])
+
+    status, stdout, stderr = project.make("all")
+    assert status == 0 and f"going on from {len(kept)} rows" in stderr
+    assert re.findall(r"python (\w+)\.py", stdout) == ["stage3_critique", "stage4_synthesize", "stage5_finetune",
+                                                       "evaluate", "evaluate"]
+    after = project.rows("iter1/critiques.jsonl")
+    assert [row["key"] for row in after] == [row["key"] for row in before]
+    assert all(row in after for row in kept) and not part.exists()
+    assert project.make("all")[1] == "make: Nothing to be done for 'all'.\n"
+
+
+def test_help_lists_targets_and_current_values(project):
+    status, stdout, _ = project.make("help")
+    assert status == 0 and "make all" in stdout and re.search(r"^  RUN +t$", stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("wrong", ["ENV=chess", "PROFILE=huge"])
+def test_a_wrong_variable_says_what_it_can_be(project, wrong):
+    status, _, stderr = project.make("all", wrong)
+    assert status == 2 and f"{wrong.split('=')[0]} is '{wrong.split('=')[1]}'; it can be" in stderr
