@@ -24,11 +24,12 @@ TEST_TASKS ?= 10
 MAX_TURNS ?= 8
 EPOCHS ?= 3
 LATER_EPOCHS ?= 1
-LEARNING_RATE ?= 2e-4
-BATCH ?= 2
+LEARNING_RATE ?= 2e-3
+BATCH ?= 1
 LORA_RANK ?= 16
 MAX_TOKENS ?= 160
 MAX_LIVE ?= 16
+SHOWN_STEPS ?= 2
 ifeq ($(ENV),scienceworld)
 TYPES ?= find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived
 else
@@ -80,7 +81,7 @@ iter: $(R)/iter$(strip $(ITER))/eval-seen.jsonl ## only iteration ITER, only its
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV MODEL RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV MODEL RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -121,13 +122,14 @@ TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $
 ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
-BASE_OPTIONS = --model $(strip $(MODEL)) --seed $(strip $(SEED))
+BASE_OPTIONS = --model $(strip $(MODEL)) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,expert,$(EXPERT_OPTIONS)))
 $(eval $(call remember,sft,$(MODEL) $(EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,sample,$(SAMPLE_OPTIONS)))
 $(eval $(call remember,rollout,$(ROLLOUT_OPTIONS)))
-$(eval $(call remember,base,$(BASE_OPTIONS)))
+$(eval $(call remember,base,$(MODEL)))
+$(eval $(call remember,critique,$(BASE_OPTIONS)))
 $(eval $(call remember,synthesize,$(BASE_OPTIONS) $(SWITCH)))
 $(eval $(call remember,finetune1,$(EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,finetune,$(LATER_EPOCHS) $(TRAIN_OPTIONS)))
@@ -155,7 +157,7 @@ $(R)/iter$1/candidates.jsonl: $(R)/$3 $(R)/iter$2/model/config.json stage1_sampl
 	$(PYTHON) stage1_sample.py --model $(R)/iter$2/model --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
 $(R)/iter$1/rollouts.jsonl: $(R)/iter$1/candidates.jsonl stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
 	$(PYTHON) stage2_rollout.py --model $(R)/iter$2/model --trajectories $(R)/$3 --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
-$(R)/iter$1/critiques.jsonl: $(R)/iter$1/rollouts.jsonl stage3_critique.py common.py prompts/critique.txt $(R)/.uses/base | $(BASE)
+$(R)/iter$1/critiques.jsonl: $(R)/iter$1/rollouts.jsonl stage3_critique.py common.py prompts/critique.txt $(R)/.uses/critique | $(BASE)
 	$(PYTHON) stage3_critique.py --trajectories $(R)/$3 --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
 $(R)/iter$1/deliberations.jsonl: $(R)/iter$1/critiques.jsonl stage4_synthesize.py common.py prompts/deliberation.txt $(R)/.uses/synthesize | $(BASE)
 	$(PYTHON) stage4_synthesize.py --trajectories $(R)/$3 --candidates $(R)/iter$1/candidates.jsonl --rollouts $(R)/iter$1/rollouts.jsonl --critiques $$< $(SWITCH) $(BASE_OPTIONS) $(ENGINE) --out $$@

@@ -206,14 +206,31 @@ def prompt_path(name: str) -> Path:
     return PROMPTS / f"{name.removesuffix('-practice')}.txt"
 
 
-def fill_prompt(name: str, **values: str) -> str:
-    """The text of prompts/NAME.txt with its {placeholders} filled in. `{{` stands for a literal brace."""
+def read_prompt(name: str) -> str:
     path = prompt_path(name)
     try:
-        text = path.read_text(encoding="utf-8")
-        placeholders = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); restore it with git") from None
+
+
+def fill_prompt(name: str, **values: str) -> str:
+    """The text of prompts/NAME.txt with its {placeholders} filled in. `{{` stands for a literal brace."""
+    return fill(read_prompt(name), prompt_path(name), values)
+
+
+def fill_dialogue(name: str, **values: str) -> list[str]:
+    """The turns of prompts/NAME.txt, which may begin with examples: a line `=== assistant` or `=== user` starts the next
+    turn; the first is the user's and so is the last, which the model answers."""
+    turns = re.split(r"^=== (?:assistant|user)\s*\n", read_prompt(name), flags=re.MULTILINE)
+    if len(turns) % 2 == 0:
+        raise UserError(f"{prompt_path(name)}: has {len(turns)} turns; it must begin and end with the user's")
+    return [fill(turn, prompt_path(name), values) for turn in turns]
+
+
+def fill(text: str, path: Path, values: dict[str, str]) -> str:
+    try:
+        placeholders = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
         raise UserError(f"{path}: {error}; write {{{{ and }}}} for literal braces") from None
     for placeholder in placeholders:
@@ -293,13 +310,16 @@ def dialogue(env: str, instruction: str, steps: list[dict]) -> list[str]:
     return turns
 
 
-def history_text(steps: list[dict]) -> str:
+def steps_text(steps: list[dict], last: int | None = None) -> str:
     """Actions and observations in plain text, for the prompts of the base model (figures 5 and 6).
 
     Thoughts stay out: they would tell the judge what to think, and later iterations' are long. Long observations are
     clipped.
     """
-    lines = [f"Action: {step['action']}\nObservation: {clip(step['observation'])}" for step in steps]
+    shown = steps[-last:] if last else steps
+    lines = [f"Action: {step['action']}\nObservation: {clip(step['observation'])}" for step in shown]
+    if len(shown) < len(steps):
+        lines.insert(0, "...")
     return "\n".join(lines) if lines else "(nothing has been done yet)"
 
 
@@ -334,11 +354,23 @@ def first_sentences(text: str, count: int) -> str:
     return " ".join(sentence.strip() for sentence in SENTENCE.findall(text)[:count])
 
 
+def copies(text: str, prompt: list[str]) -> bool:
+    """Whether a sentence of at least six words is taken from the prompt as it is."""
+    source = " ".join(" ".join(prompt).split()).lower()
+    sentences = (" ".join(sentence.split()).lower() for sentence in SENTENCE.findall(text))
+    return any(sentence.count(" ") >= 5 and sentence in source for sentence in sentences)
+
+
+def literally(text: str) -> str:
+    """A regular expression that matches just `text`; vLLM's grammars do not know all of re.escape's escapes."""
+    return re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\1", text)
+
+
 def repeats_itself(text: str) -> bool:
-    """Whether a sentence or a bullet's judgement occurs twice, or a run of eight words does."""
+    """Whether a sentence or a bullet's judgement occurs twice, or a run of six words does."""
     parts = [part.strip().lower() for part in re.split(r"[.!?\n]+\s*|: ", text) if len(part.split()) > 3]
-    words = normalise(text).split()
-    runs = [tuple(words[i:i + 8]) for i in range(len(words) - 7)]
+    words = text.lower().split()
+    runs = [tuple(words[i:i + 6]) for i in range(len(words) - 5)]
     return len(set(parts)) < len(parts) or len(set(runs)) < len(runs)
 
 
@@ -858,7 +890,7 @@ class LocalEngine:
     def __init__(self, model: str, max_model_len: int, seed: int) -> None:
         check_model_folder(model)
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
-                            "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1",
+                            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
                             "OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false",
                             "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
             os.environ.setdefault(name, value)

@@ -19,13 +19,15 @@ import re
 import time
 from collections import Counter
 
-from common import (ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, duration, fill_prompt,
-                    first_sentences, generate_checked, history_text, leak_in, make_engine, progress, prompt_path,
-                    read_rows, repeats_itself, retry_sampling, run_stage, share)
+from common import (ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies, duration, fill_dialogue,
+                    first_sentences, generate_checked, leak_in, make_engine, normalise, progress, prompt_path, read_rows,
+                    repeats_itself, retry_sampling, run_stage, share, steps_text)
 
 TAG = "Action Evaluation:"
 SENTENCE = r"[A-Z][^\n.!?*]{20,160}\."
-FORM = f"{TAG} {SENTENCE} {SENTENCE} {SENTENCE}"  # figure 5's output format, for models that do not find it by themselves
+POSSIBLE = re.compile(r"\bis (?:also |indeed |quite )?(?:possible|valid|feasible)\b", re.IGNORECASE)
+IMPOSSIBLE = re.compile(r"\bis (?:not|never) (?:possible|valid|feasible)\b|\bis (?:impossible|invalid)\b", re.IGNORECASE)
+SMALL_WORDS = {"from", "into", "with", "inventory", "around"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,19 +36,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rollouts", required=True, metavar="JSONL", help="what stage 2 wrote for them")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
+    parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history and the first "
+                        "K of the future, for base models that lose the thread in long prompts; default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=200)
     return parser.parse_args()
 
 
-def critique_prompt(rollout: dict, trajectory: dict) -> str:
+def critique_prompt(rollout: dict, trajectory: dict, shown: int | None) -> list[str]:
     """Prompt_c: the task, the history h_{t-1}, the action with the observations that followed, and the final reward."""
     step = int(rollout["candidate"].rsplit("/step", 1)[1])
-    outcome = f"{history_text(rollout['steps'])}\nFinal reward: {rollout['reward']:.2f} of 1"
-    return fill_prompt("critique", task=trajectory["instruction"], history=history_text(trajectory["steps"][:step - 1]),
-                       action=rollout["action"], rollout=outcome)
+    outcome = f"{steps_text(rollout['steps'][:shown])}\nFinal reward: {rollout['reward']:.2f} of 1"
+    return fill_dialogue("critique", task=trajectory["instruction"], action=rollout["action"], rollout=outcome,
+                         history=steps_text(trajectory["steps"][:step - 1], last=shown))
 
 
-def check_critique(rollout: dict, output: Output) -> tuple[str, str | None]:
+def subjects(action: str) -> list[str]:
+    """The words that name what an action is about: mug and countertop of "take mug 2 from countertop 1"."""
+    words = [word for word in re.findall("[a-z]{3,}", normalise(action)) if word not in SMALL_WORDS]
+    return words[1:] or words
+
+
+def critique_form(rollout: dict) -> str:
+    """Figure 5's output format as a regular expression, its first sentence about the action: for models that do not find
+    it by themselves."""
+    about = "|".join(subjects(rollout["action"])) or "action"
+    return rf"{TAG} [A-Z][^\n.!?*]{{5,60}} (?:{about})[^\n.!?*]{{10,120}}\. {SENTENCE} {SENTENCE}"
+
+
+def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[str, str | None]:
     """(the paragraph after the tag, at most three sentences long; None or why it is of no use)."""
     _, tag, text = output.text.partition(TAG)
     text = text.strip()
@@ -61,6 +78,12 @@ def check_critique(rollout: dict, output: Output) -> tuple[str, str | None]:
         return text, "speaks of the simulation"
     if repeats_itself(text):
         return text, "repeats itself"
+    if copies(text, prompt):
+        return text, "copies the prompt"
+    if not any(word in text.lower() for word in subjects(rollout["action"])):
+        return text, "not about the action"
+    if (IMPOSSIBLE if rollout["valid"] else POSSIBLE).search(text):
+        return text, "contradicts the environment"
     return text, None
 
 
@@ -87,15 +110,20 @@ def main() -> None:
                             "the two files do not belong together, run stages 1 and 2 again")
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
 
+    def prompt(rollout: dict) -> list[str]:
+        return critique_prompt(rollout, trajectories[rollout["trajectory"]], args.shown_steps)
+
     def request(rollout: dict, attempt: int) -> tuple[list[str], dict]:
-        form = {"regex": FORM} if attempt else {}
-        prompt = critique_prompt(rollout, trajectories[rollout["trajectory"]])
-        return [prompt], retry_sampling(args, rollout["key"], attempt) | form
+        form = {"regex": critique_form(rollout)} if attempt else {}
+        return prompt(rollout), retry_sampling(args, rollout["key"], attempt) | form
+
+    def check(rollout: dict, output: Output) -> tuple[str, str | None]:
+        return check_critique(rollout, prompt(rollout), output)
 
     with StageOutput(args.out, settings, [args.trajectories, args.rollouts, prompt_path("critique")]) as output:
         todo = [row for key, row in rollouts.items() if key not in output.done]
         if todo:
-            results = generate_checked(make_engine(args), todo, request, check_critique, args.attempts, args.max_live)
+            results = generate_checked(make_engine(args), todo, request, check, args.attempts, args.max_live)
             for rollout, text, refused in progress(results, total=len(todo), desc="critique"):
                 output.write({"key": rollout["key"], "candidate": rollout["candidate"], "action": rollout["action"],
                               "critique": text or factual_critique(rollout), "fallback": text is None,

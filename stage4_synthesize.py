@@ -17,14 +17,13 @@ expert's replaces the rest of the trajectory from its step on; the row then says
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections import Counter
 
-from common import (CANDIDATES, CRITIQUE, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
-                    duration, fill_prompt, generate_checked, history_text, leak_in, listed_candidates, make_engine,
+from common import (CANDIDATES, CRITIQUE, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies,
+                    duration, fill_dialogue, generate_checked, leak_in, listed_candidates, literally, make_engine,
                     normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage,
-                    share)
+                    share, steps_text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
+    parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
     return parser.parse_args()
 
@@ -73,22 +73,22 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
             for row in candidates if row["flagged"] and len(row["actions"]) > 1 and row["step"] <= last]
 
 
-def deliberation_prompt(item: dict) -> str:
+def deliberation_prompt(item: dict, shown: int | None) -> list[str]:
     """Prompt_d: the task, the history, the candidates with their critiques, and the action to arrive at."""
     trajectory, t = item["trajectory"], item["step"]
     notes = "\n".join(f"- {row['action']}: {row['critique']}" for row in item["critiques"])
-    return fill_prompt("deliberation", task=trajectory["instruction"], history=history_text(trajectory["steps"][:t - 1]),
-                       candidates=notes, expert_action=item["action"])
+    return fill_dialogue("deliberation", task=trajectory["instruction"], candidates=notes, expert_action=item["action"],
+                         history=steps_text(trajectory["steps"][:t - 1], last=shown))
 
 
 def deliberation_form(item: dict) -> str:
     """Figure 6's output format as a regular expression: a sentence, a bullet for each candidate, the comparison."""
-    line = r"[A-Z][^\n]{20,300}\."
-    bullets = "".join(rf"- {re.escape(row['action'])}: {line}\n" for row in item["critiques"])
-    return rf"Thought: {line}\n\n{bullets}\n{line}\nAction: {re.escape(item['action'])}"
+    line = r"[A-Z][^\n]{20,140}\."
+    bullets = "".join(rf"- {literally(row['action'])}: {line}\n" for row in item["critiques"])
+    return rf"Thought: {line}\n\n{bullets}\n{line}\nAction: {literally(item['action'])}"
 
 
-def check_deliberation(item: dict, output: Output) -> tuple[str, str | None]:
+def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[str, str | None]:
     """(the thought; None or why it is of no use)."""
     turn = parse_turn(output.text)
     thought = turn["thought"]
@@ -98,8 +98,10 @@ def check_deliberation(item: dict, output: Output) -> tuple[str, str | None]:
         return thought, "bullets are not the candidates"
     if leak_in(thought):
         return thought, "speaks of the scratch-pad"
-    if repeats_itself(thought):
+    if any(repeats_itself(line) for line in thought.split("\n")):  # two actions may well deserve the same judgement
         return thought, "repeats itself"
+    if copies(thought, prompt[:-1]):
+        return thought, "copies the example"
     return thought, None
 
 
@@ -129,13 +131,16 @@ def main() -> None:
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:
         form = {"regex": deliberation_form(item)} if attempt else {}
-        return [deliberation_prompt(item)], retry_sampling(args, item["key"], attempt) | form
+        return deliberation_prompt(item, args.shown_steps), retry_sampling(args, item["key"], attempt) | form
+
+    def check(item: dict, output: Output) -> tuple[str, str | None]:
+        return check_deliberation(item, deliberation_prompt(item, args.shown_steps), output)
 
     inputs = [args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation")]
     with StageOutput(args.out, settings, inputs) as output:
         todo = [item for key, item in plan.items() if key not in output.done]
         if todo:
-            results = generate_checked(make_engine(args), todo, request, check_deliberation, args.attempts, args.max_live)
+            results = generate_checked(make_engine(args), todo, request, check, args.attempts, args.max_live)
             for item, thought, refused in progress(results, total=len(todo), desc="synthesize"):
                 output.write({"key": item["key"], "thought": thought, "refused": refused})
         for key, item in plan.items():
