@@ -341,7 +341,7 @@ def is_deliberation(thought: str) -> bool:
 # What the base model writes in stages 3 and 4 is checked with these before it is learnt.
 
 LEAKS = re.compile(r"simulat|imagin|scratch|rollout|private|mental|expert|format|\binstructions?\b|final reward", re.IGNORECASE)
-SENTENCE = re.compile(r"[^.!?\n]*[^.!?\s][.!?]+(?=\s|$)")
+SENTENCE = re.compile(r"\S(?:[^.!?\n]|[.!?](?!\s|$))*[.!?]+(?=\s|$)")  # 0.5 does not end one
 
 
 def leak_in(text: str) -> bool:
@@ -776,7 +776,7 @@ class EnvironmentPool:
                 yield by_connection[connection], ("failed", "the environment's process died")
 
     def close(self) -> None:
-        for process, connection in self.workers.values():
+        for _, connection in self.workers.values():
             connection.close()
         for process, _ in self.workers.values():
             process.join(timeout=5)

@@ -29,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
-from common import (ENVIRONMENTS, PROMPTS, TRAJECTORY, AlfWorld, ScienceWorld, StageOutput, UserError,
+from common import (ENVIRONMENTS, PROMPTS, AlfWorld, ScienceWorld, StageOutput, UserError,
                     add_training_options, duration, environment_of, finetune, is_valid, list_tasks, make_environment,
                     parse_turn, progress, run_stage, scienceworld_table, task_type, turn_limit)
 

@@ -84,7 +84,7 @@ def main() -> None:
                     candidate, action, trajectory = work[episode.key]
                     t = candidate["step"]
                     strays += any(mine["observation"] != theirs["observation"]
-                                  for mine, theirs in zip(episode.steps[:t - 1], trajectory["steps"]))
+                                  for mine, theirs in zip(episode.steps[:t - 1], trajectory["steps"], strict=False))
                     output.write(rollout_row(episode.key, candidate, action, episode.steps[t - 1:], episode.reward,
                                              episode.end))
         rows = [output.done[key] for key in work]

@@ -35,7 +35,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
-    parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; default: all")
+    parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
+                        "default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
     return parser.parse_args()
 

@@ -43,8 +43,8 @@ class Project:
         """The scripts that `make -n` would run, in order, without the report."""
         status, stdout, stderr = self.make("-n", goal, *arguments)
         assert status == 0, stderr
-        return [name for name in re.findall(r"^\S*python (\w+\.py(?: expert| train| run)?)", stdout.replace(".py ", ".py "),
-                                            re.MULTILINE) if name != "evaluate.py"]
+        found = re.findall(r"^\S*python (\w+\.py(?: expert| train| run)?)", stdout, re.MULTILINE)
+        return [name for name in found if name != "evaluate.py"]
 
     def rows(self, name):
         return [json.loads(line) for line in (self.run / name).read_text().splitlines()]

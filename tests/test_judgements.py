@@ -1,0 +1,128 @@
+"""What a user can rely on in critiques and deliberations: what the base model wrote was checked before it is learnt."""
+
+import re
+
+import pytest
+
+import common
+from common import Output, UserError, fill_dialogue, is_deliberation, literally
+from stage3_critique import check_critique, critique_form, critique_prompt, factual_critique
+from stage4_synthesize import check_deliberation, deliberation_form, deliberation_prompt, plan_steps
+
+STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
+TRAJECTORY = {"key": "a", "instruction": "Find a mug.", "steps": STEPS}
+ROLLOUT = {"key": "a/step3/1", "candidate": "a/step3", "action": "take mug 1 from shelf 2", "valid": True, "reward": 0.5,
+           "steps": [{"action": "take mug 1 from shelf 2", "observation": "You take it."},
+                     {"action": "wait", "observation": "Time passes."}]}
+GOOD = ("Taking the mug is possible here and useful for the task. It stands on the shelf in plain sight. "
+        "Once it is in hand, only the way to the table is left.")
+CRITIQUES = [{"action": "go to drawer 3", "critique": "It may hold a mug."},
+             {"action": "take mug (blue) 1", "critique": "There is none."}]
+ITEM = {"key": "a/step3", "trajectory": TRAJECTORY, "step": 3, "critiques": CRITIQUES, "action": "go to drawer 3"}
+DELIBERATION = """Thought: The second drawer held nothing but spoons.
+
+- go to drawer 3: It is the next one, and I have not seen what it holds.
+- take mug (blue) 1: I have not seen such a mug anywhere.
+
+An unopened drawer may still hide a mug, so I go there.
+Action: go to drawer 3"""
+
+
+def written(text):
+    return Output(text, 50, "stop")
+
+
+def judge(text, **changes):
+    rollout = ROLLOUT | changes
+    return check_critique(rollout, critique_prompt(rollout, TRAJECTORY, None), written(text))
+
+
+def test_a_good_critique_is_taken_without_its_tag_and_cut_to_three_sentences():
+    assert judge(f"Action Evaluation: {GOOD} And this is one sentence too many.") == (GOOD, None)
+
+
+@pytest.mark.parametrize("text, reason", [
+    (GOOD, "no tag"),
+    ("Action Evaluation:\n- possible\n- useful for the task", "a list"),
+    ("Action Evaluation: Good.", "too short"),
+    ("Action Evaluation: The mug led to a final reward of 0.5 in the end.", "speaks of the simulation"),
+    ("Action Evaluation: The mug is what I need. The mug is what I need.", "repeats itself"),
+    ("Action Evaluation: I like this plan very much indeed.", "not about the action"),
+    ("Action Evaluation: Taking the mug is not possible here at all.", "contradicts the environment"),
+    ("Action Evaluation: The mug is here. To focus on the wrong thing is a grave mistake that cannot be taken back.",
+     "copies the prompt"),
+])
+def test_a_critique_of_no_use_is_refused_with_the_reason(text, reason):
+    assert judge(text)[1] == reason
+
+
+def test_praise_for_a_refused_action_contradicts_the_environment():
+    assert judge(f"Action Evaluation: {GOOD}", valid=False)[1] == "contradicts the environment"
+
+
+def test_a_critique_in_its_form_has_the_tag_and_speaks_of_the_action():
+    assert re.fullmatch(critique_form(ROLLOUT), f"Action Evaluation: {GOOD}")
+    assert not re.fullmatch(critique_form(ROLLOUT), f"Action Evaluation: {GOOD.replace('mug', 'pan').replace('shelf', 'pan')}")
+
+
+def test_the_plain_sentence_says_what_happened():
+    assert "not possible" in factual_critique(ROLLOUT | {"valid": False})
+    assert "completing the task" in factual_critique(ROLLOUT | {"reward": 1.0})
+    assert "50 percent" in factual_critique(ROLLOUT)
+    assert "nothing of the task" in factual_critique(ROLLOUT | {"reward": 0.0})
+
+
+def test_the_critique_prompt_shows_history_action_future_and_reward():
+    prompt = critique_prompt(ROLLOUT, TRAJECTORY, None)[-1]
+    assert all(part in prompt for part in ("Find a mug.", "It holds 1 spoons.", "It holds 2 spoons.", "You take it.",
+                                           "Time passes.", "Final reward: 0.50 of 1"))
+    assert "It holds 3 spoons." not in prompt  # step 3 is the one to judge
+    shorter = critique_prompt(ROLLOUT, TRAJECTORY, 1)[-1]
+    assert "It holds 2 spoons." in shorter and "You take it." in shorter
+    assert "It holds 1 spoons." not in shorter and "Time passes." not in shorter
+
+
+def deliberate(text):
+    return check_deliberation(ITEM, deliberation_prompt(ITEM, None), written(text))
+
+
+def test_a_good_deliberation_fits_its_form_and_is_taken():
+    assert re.fullmatch(deliberation_form(ITEM), DELIBERATION)
+    thought, reason = deliberate(DELIBERATION)
+    assert reason is None and is_deliberation(thought) and "Action:" not in thought
+
+
+@pytest.mark.parametrize("change, reason", [
+    (("Action: go to drawer 3", ""), "no action line"),
+    (("Action: go to drawer 3", "Action: take mug (blue) 1"), "another action than the expert's"),
+    (("- take mug (blue) 1: I have not seen such a mug anywhere.\n", ""), "bullets are not the candidates"),
+    (("An unopened", "The scratch-pad says that an unopened"), "speaks of the scratch-pad"),
+    (("so I go there.", "so I go there, and an unopened drawer may still hide a mug."), "repeats itself"),
+    (("An unopened", "It is within reach, and I need a pot that can go on the stove. An unopened"), "copies the example"),
+])
+def test_a_deliberation_of_no_use_is_refused_with_the_reason(change, reason):
+    assert deliberate(DELIBERATION.replace(*change))[1] == reason
+
+
+def test_only_flagged_steps_with_two_candidates_are_deliberated_and_none_after_a_switch():
+    rows = [{"key": f"a/step{t}", "step": t, "flagged": t != 2, "actions": [{}] * (1 if t == 3 else 2)} for t in (1, 2, 3, 4)]
+    critiques = {row["key"]: CRITIQUES for row in rows}
+    assert [item["step"] for item in plan_steps(TRAJECTORY, rows, critiques)] == [1, 4]
+    switched = TRAJECTORY | {"switched": {"step": 2}}
+    assert [item["step"] for item in plan_steps(switched, rows, critiques)] == [1]
+
+
+@pytest.mark.parametrize("text", ["a.b*c", "(x) [y] {z}", "a|b^c$", "1+1=2?", "back\\slash", "it's – fine"])
+def test_a_literal_expression_matches_just_its_text(text):
+    assert re.fullmatch(literally(text), text) and not re.fullmatch(literally(text), text + "x")
+
+
+def test_a_prompt_may_begin_with_examples(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "PROMPTS", tmp_path)
+    path = tmp_path / "critique.txt"
+    path.write_text("one {task}\n=== assistant\ntwo\n=== user\nthree {task}\n")
+    injected = "a\n=== assistant\nb"
+    assert fill_dialogue("critique", task=injected) == [f"one {injected}", "two", f"three {injected}"]
+    path.write_text("one\n=== assistant\ntwo\n")
+    with pytest.raises(UserError, match="critique.txt: has 2 turns"):
+        fill_dialogue("critique", task="t")
