@@ -27,7 +27,7 @@ LATER_EPOCHS ?= 1
 LEARNING_RATE ?= 2e-3
 BATCH ?= 1
 LORA_RANK ?= 16
-MAX_TOKENS ?= 160
+MAX_TOKENS ?= 224
 MAX_LIVE ?= 16
 SHOWN_STEPS ?= 2
 ifeq ($(ENV),scienceworld)
@@ -61,7 +61,9 @@ LAUNCH ?= $(PYTHON)#      how training starts, e.g. `accelerate launch --use_fsd
 # ALFWorld's games: ALFWORLD_DATA, the package's own folder, else the practice games, which say so in the run's name.
 ifeq ($(ENV),alfworld)
 ALFWORLD_DATA ?= $(firstword $(patsubst %/json_2.1.1,%,$(wildcard $(HOME)/.cache/alfworld/json_2.1.1 games/practice/json_2.1.1)))
+ifneq ($(ALFWORLD_DATA),)
 export ALFWORLD_DATA
+endif
 PRACTICE := $(if $(findstring practice,$(ALFWORLD_DATA)),-practice)
 SWITCH := --expert-switch
 endif

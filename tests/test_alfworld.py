@@ -1,4 +1,5 @@
 """What a user can rely on with ALFWorld games, on practice games in the real engine."""
+import json
 import random
 import re
 import sys
@@ -6,7 +7,7 @@ import sys
 import pytest
 
 from common import AlfWorld, UserError, alfworld_root, alfworld_tasks, write_practice_games
-from stage0_sft import alfworld_expert
+from stage0_sft import alfworld_expert, read_published, replay
 
 TYPES = ["look_at_obj_in_light", "pick_and_place_simple", "pick_clean_then_place_in_recep",
          "pick_cool_then_place_in_recep", "pick_heat_then_place_in_recep", "pick_two_obj_and_place"]
@@ -157,6 +158,21 @@ def test_the_same_seed_writes_the_same_bytes_and_plays_the_same_expert(newer, tm
 
 def test_the_expert_says_none_when_it_runs_out_of_turns(newer):
     assert alfworld_expert(AlfWorld(newer), alfworld_tasks("train", newer)[0], max_turns=1, seed=0) is None
+
+
+def test_published_trajectories_are_found_by_their_game_file_and_replayed(newer, tmp_path):
+    """In the older dialect's words and with the path of the machine where they were made."""
+    expert = first_win("pick_and_place_simple", newer)
+    turns = [("human", "Interact with a household."), ("gpt", "OK"), ("human", expert["instruction"])]
+    for step in expert["steps"]:
+        turns += [("gpt", f"Thought: {step['thought']}\nAction: {step['action']}"), ("human", step["observation"])]
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps([{
+        "game_file": f"/somewhere/json_2.1.1/{expert['task'].removeprefix('alfworld/')}/game.tw-pddl",
+        "conversations": [{"role": role, "content": content} for role, content in turns]}]))
+    (task, published), = read_published(str(path), "alfworld", skip_bad=False).items()
+    assert task == expert["task"]
+    assert replay(AlfWorld(newer), task, published, None) == expert | {"source": "published"}
 
 
 def test_an_unknown_task_is_one_line_that_names_the_file(newer):
