@@ -19,7 +19,7 @@ ifeq ($(PROFILE),laptop)
 MODEL ?= $(PACKAGED)
 ITERS ?= 2
 N ?= 3
-TASKS ?= 12
+TASKS ?= 10
 TEST_TASKS ?= 10
 MAX_TURNS ?= 8
 EPOCHS ?= 3

@@ -122,6 +122,8 @@ def main() -> None:
     for row in read_rows(args.trajectories, TRAJECTORY):
         if args.expert_switch:
             row = switch_expert(row, rollouts.get(row["key"], []))
+        for step in row["steps"]:
+            step.pop("fallback", None)  # the last iteration's
         trajectories.append(row)
         for step in candidates.get(row["key"], []):
             if step["flagged"] and len(critiques.get(step["key"], [])) != len(step["actions"]):
