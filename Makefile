@@ -19,9 +19,6 @@ ifeq ($(PROFILE),laptop)
 MODEL ?= $(PACKAGED)
 ITERS ?= 2
 N ?= 3
-TASKS ?= 10
-TEST_TASKS ?= 10
-MAX_TURNS ?= 8
 EPOCHS ?= 3
 LATER_EPOCHS ?= 1
 LEARNING_RATE ?= 2e-3
@@ -32,8 +29,13 @@ MAX_LIVE ?= 16
 SHOWN_STEPS ?= 2
 ifeq ($(ENV),scienceworld)
 TYPES ?= find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived
+TASKS ?= 10
+TEST_TASKS ?= 10
+MAX_TURNS ?= 8
 else
-MAX_TURNS := 15
+TASKS ?= 6
+TEST_TASKS ?= 4
+MAX_TURNS ?= 15
 endif
 else ifeq ($(PROFILE),paper)
 MODEL ?= meta-llama/Llama-3.1-8B-Instruct
