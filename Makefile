@@ -13,8 +13,16 @@ SHELL := /bin/bash
 # ---- Variables: `make all N=3 ITERS=2` ----
 PROFILE ?= laptop#        laptop: a small real run on 2 cores; paper: section 5.3's numbers
 ENV ?= scienceworld#      scienceworld or alfworld
+VARIANT ?=#               an ablation of table 3 beside the run: no-sas (the base model proposes the candidates) or no-eac
+#                         (candidates without critiques); it shares the run's experts, SFT and first samples
 PACKAGED := models/SmolLM2-135M-Instruct
 
+ifneq ($(strip $(VARIANT)),)
+ifeq ($(filter no-sas no-eac,$(VARIANT)),)
+$(error VARIANT is '$(VARIANT)'; it can be no-sas or no-eac, or empty)
+endif
+ITERS ?= 1
+endif
 ifeq ($(PROFILE),laptop)
 MODEL ?= $(PACKAGED)
 ITERS ?= 2
@@ -57,6 +65,8 @@ endif
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
 SEED ?= 0
+K ?= 5#                   tries a task of `make baselines`
+RUNS ?=#                  the runs that `make report` compares
 PUBLISHED ?=#             a published expert file to import instead of collecting experts
 LAUNCH ?= $(PYTHON)#      how training starts, e.g. `accelerate launch --use_fsdp`
 
@@ -72,20 +82,21 @@ endif
 RUN ?= $(PROFILE)-$(ENV)$(PRACTICE)#  the run's name: everything it makes is in runs/RUN
 
 R := runs/$(strip $(RUN))
+I := $(R)$(if $(strip $(VARIANT)),/$(strip $(VARIANT)))
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 ENV_PROMPTS := prompts/$(strip $(ENV)).txt
 TASK_TABLE := $(if $(filter scienceworld,$(ENV)),prompts/scienceworld_tasks.txt)
 
-.PHONY: all iter test help venv data games clean FORCE
+.PHONY: all iter baselines report test help venv data games clean FORCE
 
-all: $(R)/report.md ## all iterations and evaluations, then the table of average rewards
-iter: $(R)/iter$(strip $(ITER))/eval-seen.jsonl ## only iteration ITER, only its stale stages
+all: $(R)/report.md ## all iterations and evaluations, then report.md with its table of average rewards
+iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl ## only iteration ITER, only its stale stages
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV MODEL RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -113,11 +124,11 @@ games: $(READY) ## practice games for ALFWorld's engine, where its data cannot b
 	$(PYTHON) common.py games games/practice
 
 # ---- Variables as prerequisites ----
-# $(call uses,STAGE,VALUES) is a file that holds VALUES; it is rewritten, and so newer, only when they change. Comparing
+# $(call remember,FILE,VALUES): a file that holds VALUES; it is rewritten, and so newer, only when they change. Comparing
 # while the Makefile is read keeps `make -n` truthful.
 same = $(and $(findstring |$1|,|$2|),$(findstring |$2|,|$1|))
 define remember
-$(R)/.uses/$1: $(if $(call same,$(strip $(file <$(R)/.uses/$1)),$(strip $2)),,FORCE)
+$1: $(if $(call same,$(strip $(file <$1)),$(strip $2)),,FORCE)
 	@mkdir -p $$(@D) && printf '%s\n' '$(subst ','\'',$(strip $2))' > $$@
 endef
 SELECT = $(if $(TYPES),--task-types $(strip $(TYPES))) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
@@ -127,17 +138,18 @@ ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(MODEL)) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
+SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
-$(eval $(call remember,expert,$(EXPERT_OPTIONS)))
-$(eval $(call remember,sft,$(MODEL) $(EPOCHS) $(TRAIN_OPTIONS)))
-$(eval $(call remember,sample,$(SAMPLE_OPTIONS)))
-$(eval $(call remember,rollout,$(ROLLOUT_OPTIONS)))
-$(eval $(call remember,base,$(MODEL)))
-$(eval $(call remember,critique,$(BASE_OPTIONS)))
-$(eval $(call remember,synthesize,$(BASE_OPTIONS) $(SWITCH)))
-$(eval $(call remember,finetune1,$(EPOCHS) $(TRAIN_OPTIONS)))
-$(eval $(call remember,finetune,$(LATER_EPOCHS) $(TRAIN_OPTIONS)))
-$(eval $(call remember,evaluate,$(EVAL_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(TRAIN_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/base,$(MODEL)))
+$(eval $(call remember,$(R)/.uses/critique,$(BASE_OPTIONS)))
+$(eval $(call remember,$(I)/.uses/synthesize,$(BASE_OPTIONS) $(SYNTHESIS)))
+$(eval $(call remember,$(R)/.uses/finetune1,$(EPOCHS) $(TRAIN_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/finetune,$(LATER_EPOCHS) $(TRAIN_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/evaluate,$(EVAL_OPTIONS)))
 
 # ---- Stage 0: expert trajectories, SFT ----
 ifeq ($(filter iter,$(MAKECMDGOALS)),)
@@ -151,38 +163,60 @@ $(R)/base/eval-seen.jsonl $(R)/base/eval-unseen.jsonl &: evaluate.py common.py $
 	$(PYTHON) evaluate.py run --model $(MODEL) $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 endif
 
-# ---- Stages 1 to 5 of an iteration: $(call iteration,K,K-1) ----
-define evaluation
-$(R)/iter$1/eval-seen.jsonl $(R)/iter$1/eval-unseen.jsonl &: $(R)/iter$1/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
-	$(PYTHON) evaluate.py run --model $(R)/iter$1/model $(EVAL_OPTIONS) $(ENGINE) --out $$(@D)
-endef
+# ---- Stages 1 to 5 of iteration K ----
+before = $(shell expr $1 - 1)
+folder = $(if $(filter 0,$1),$(R),$(I))/iter$1
+policy = $(call folder,$(call before,$1))/model
+experts = $(if $(filter 1,$1),$(R)/expert.jsonl,$(call folder,$(call before,$1))/deliberations.jsonl)
+# What stage 4 is given: stages 1 to 3, stage 1 alone (no-eac), or nothing (no-sas). A variant shares the first samples.
+candidates = $(if $(filter 1,$1),$(R),$(I))/iter$1/candidates.jsonl
+sampled = $(if $(filter no-sas,$(VARIANT)),,$(call candidates,$1))
+judged = $(if $(strip $(VARIANT)),,$(call folder,$1)/rollouts.jsonl $(call folder,$1)/critiques.jsonl)
+
 define iteration
-$(R)/iter$1/candidates.jsonl: $(R)/$3 $(R)/iter$2/model/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
-	$(PYTHON) stage1_sample.py --model $(R)/iter$2/model --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
-$(R)/iter$1/rollouts.jsonl: $(R)/iter$1/candidates.jsonl stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
-	$(PYTHON) stage2_rollout.py --model $(R)/iter$2/model --trajectories $(R)/$3 --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
-$(R)/iter$1/critiques.jsonl: $(R)/iter$1/rollouts.jsonl stage3_critique.py common.py prompts/critique.txt $(R)/.uses/critique | $(BASE)
-	$(PYTHON) stage3_critique.py --trajectories $(R)/$3 --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
-$(R)/iter$1/deliberations.jsonl: $(R)/iter$1/critiques.jsonl stage4_synthesize.py common.py prompts/deliberation.txt $(R)/.uses/synthesize | $(BASE)
-	$(PYTHON) stage4_synthesize.py --trajectories $(R)/$3 --candidates $(R)/iter$1/candidates.jsonl --rollouts $(R)/iter$1/rollouts.jsonl --critiques $$< $(SWITCH) $(BASE_OPTIONS) $(ENGINE) --out $$@
-$(R)/iter$1/model/config.json: $(R)/iter$1/deliberations.jsonl stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)
-	$(LAUNCH) stage5_finetune.py --model $(R)/iter$2/model --data $$< --epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS)) $(TRAIN_OPTIONS) --out $$(@D)
+$(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
+	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
+$(call folder,$1)/rollouts.jsonl: $(call candidates,$1) stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
+	$(PYTHON) stage2_rollout.py --model $(call policy,$1) --trajectories $(call experts,$1) --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
+$(call folder,$1)/critiques.jsonl: $(call folder,$1)/rollouts.jsonl stage3_critique.py common.py prompts/critique.txt $(R)/.uses/critique | $(BASE)
+	$(PYTHON) stage3_critique.py --trajectories $(call experts,$1) --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
+$(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(BASE)
+	$(PYTHON) stage4_synthesize.py --trajectories $$< $(addprefix --candidates ,$(call sampled,$1)) $(if $(call judged,$1),--rollouts $(firstword $(call judged,$1)) --critiques $(lastword $(call judged,$1))) $(SYNTHESIS) $(BASE_OPTIONS) $(ENGINE) --out $$@
+$(call folder,$1)/model/config.json: $(call folder,$1)/deliberations.jsonl stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)
+	$(LAUNCH) stage5_finetune.py --model $(call policy,$1) --data $$< --epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS)) $(TRAIN_OPTIONS) --out $$(@D)
+endef
+define evaluation
+$(call folder,$1)/eval-seen.jsonl $(call folder,$1)/eval-unseen.jsonl &: $(call folder,$1)/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
+	$(PYTHON) evaluate.py run --model $(call folder,$1)/model $(EVAL_OPTIONS) $(ENGINE) --out $$(@D)
 endef
 
 # `make iter ITER=k` takes the earlier iterations as they are, even if they are stale; `make all` makes them.
 ITERATIONS := $(if $(filter iter,$(MAKECMDGOALS)),$(ITER),$(shell seq $(ITERS)))
-before = $(shell expr $1 - 1)
-experts = $(if $(filter 1,$1),expert.jsonl,iter$(call before,$1)/deliberations.jsonl)
-$(foreach k,$(ITERATIONS),$(eval $(call iteration,$(strip $k),$(call before,$k),$(call experts,$k))))
+$(foreach k,$(ITERATIONS),$(eval $(call iteration,$(strip $k))))
+$(foreach k,$(if $(filter iter,$(MAKECMDGOALS)),$(ITER),0 $(ITERATIONS)),$(eval $(call evaluation,$(strip $k))))
 ifneq ($(filter iter,$(MAKECMDGOALS)),)
-MISSING := $(foreach file,$(R)/$(call experts,$(ITER)) $(R)/iter$(call before,$(ITER))/model/config.json,$(if $(wildcard $(file)),,$(file)))
+MISSING := $(foreach file,$(call experts,$(ITER)) $(call policy,$(ITER))/config.json,$(if $(wildcard $(file)),,$(file)))
 $(if $(strip $(MISSING)),$(error iteration $(strip $(ITER)) begins with $(MISSING), which is not there; make it with `make all ITERS=$(call before,$(ITER))` or `make iter` of the one before))
 endif
-$(foreach k,$(if $(filter iter,$(MAKECMDGOALS)),$(ITER),0 $(ITERATIONS)),$(eval $(call evaluation,$(strip $k))))
 
-$(R)/report.md: $(R)/base/eval-seen.jsonl $(foreach k,0 $(ITERATIONS),$(R)/iter$k/eval-seen.jsonl) evaluate.py common.py
-	$(PYTHON) evaluate.py report $(R) > $@
-	@cat $@
+# ---- Baselines and the report ----
+baselines: $(R)/base-example/eval-seen.jsonl $(R)/iter0/best-of-$(strip $(K))/eval-seen.jsonl ## base with one example in its prompt, SFT's best of K tries
+
+$(R)/base-example/eval-seen.jsonl $(R)/base-example/eval-unseen.jsonl &: $(R)/expert.jsonl evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
+	$(PYTHON) evaluate.py run --model $(MODEL) --example $< $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
+$(R)/iter0/best-of-$(strip $(K))/eval-seen.jsonl $(R)/iter0/best-of-$(strip $(K))/eval-unseen.jsonl &: $(R)/iter0/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
+	$(PYTHON) evaluate.py run --model $(R)/iter0/model --best-of $(strip $(K)) --temperature 1 $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
+
+EVALUATIONS = $(wildcard $(R)/*/eval-*.jsonl $(R)/*/*/eval-*.jsonl)
+$(R)/report.md: $(R)/base/eval-seen.jsonl $(foreach k,0 $(ITERATIONS),$(call folder,$k)/eval-seen.jsonl) $(EVALUATIONS) evaluate.py common.py
+	$(PYTHON) evaluate.py report $(R)
+
+report: ## report.md and its figures from the evaluations that RUN has, or one table of RUNS="a b"
+ifneq ($(strip $(RUNS)),)
+	@$(PYTHON) evaluate.py compare $(addprefix runs/,$(RUNS))
+else
+	@$(PYTHON) evaluate.py report $(R)
+endif
 
 # ---- Tests ----
 test: $(READY) $(PACKAGED)/config.json ## the tests, all of them, set-up included

@@ -302,12 +302,19 @@ def agent_turn(step: dict) -> str:
     return f"Thought: {step['thought']}\nAction: {step['action']}" if step["thought"] else f"Action: {step['action']}"
 
 
-def dialogue(env: str, instruction: str, steps: list[dict]) -> list[str]:
-    """The history h_t as alternating user and assistant turns; the first one is the environment's prompt."""
-    turns = [fill_prompt(env, task=instruction)]
-    for step in steps:
-        turns += [agent_turn(step), f"Observation: {step['observation']}"]
-    return turns
+def dialogue(env: str, instruction: str, steps: list[dict], example: dict | None = None) -> list[str]:
+    """The history h_t as alternating user and assistant turns; the first one is the environment's prompt.
+
+    An example is a whole trajectory that is shown before the task, as prompted agents are given one.
+    """
+    if example:
+        shown = dialogue(env, example["instruction"], example["steps"])
+        return [*shown[:-1], f"{shown[-1]}\n\nThat task is done. Here is the next one.\n{instruction}", *turns_of(steps)]
+    return [fill_prompt(env, task=instruction), *turns_of(steps)]
+
+
+def turns_of(steps: list[dict]) -> list[str]:
+    return [turn for step in steps for turn in (agent_turn(step), f"Observation: {step['observation']}")]
 
 
 def steps_text(steps: list[dict], last: int | None = None) -> str:
@@ -1089,6 +1096,7 @@ class Episode:
     key: str
     task: str
     forced: list[dict] = field(default_factory=list)
+    example: dict | None = None  # a trajectory to show in the prompt
     instruction: str = ""
     steps: list[dict] = field(default_factory=list)
     reward: float = 0.0
@@ -1154,7 +1162,7 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
         """Ask the policy for the next turn of a live episode; hand an ended one out and its worker on."""
         episode = live[worker]
         if episode.end is None:
-            turns = dialogue(environment_of(episode.task), episode.instruction, episode.steps)
+            turns = dialogue(environment_of(episode.task), episode.instruction, episode.steps, episode.example)
             engine.submit(worker, turns, **sampling, seed=stable_seed(seed, episode.key, len(episode.steps)))
         else:
             del live[worker]

@@ -2,30 +2,92 @@
 
     python evaluate.py run --model runs/x/iter1/model --env scienceworld --out runs/x/iter1
     python evaluate.py report runs/x
+    python evaluate.py compare runs/x runs/y
+    python evaluate.py show runs/x/iter1/eval-unseen.jsonl --task find-animal/225
 
 `run` plays every test task once and writes OUT/eval-seen.jsonl and OUT/eval-unseen.jsonl, one episode a row with its
-whole transcript, and prints a line for each: average reward, reward a step and deliberation rate (section 6.3), tokens a
-task (section 6.5).
+whole transcript, and prints a line for each: average reward, reward a step and deliberation rate (section 6.3), tokens
+a task (section 6.5). --example puts an expert trajectory into the prompt, --best-of K plays K times at temperature 1.
 
-    {"key": "scienceworld/find-animal/225", "env": "scienceworld", "task": "...", "split": "unseen", "instruction": "...",
-     "reward": 0.5, "end": "turn limit", "tokens": 211,
+    {"key": "scienceworld/find-animal/225", "env": "scienceworld", "task": "...", "split": "unseen",
+     "instruction": "...", "reward": 0.5, "end": "turn limit", "tokens": 211,
      "steps": [{"thought": "...", "action": "look around", "text": "Thought: ...", "tokens": 21, "observation": "...",
                 "reward": 0.1}, ...]}
 
-`report` prints the average rewards of all models of a run side by side, and what the stages counted.
+`report` writes report.md and its figures into a run's folder: the paper's tables and figures for this run, and why
+episodes ended as they did. `compare` puts several runs into one table; those whose names differ only in -seedN are
+averaged. `show` prints one episode.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
+from collections import Counter
+from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 
-from common import (CANDIDATES, CRITIQUE, ENVIRONMENTS, EPISODE, PROMPTS, TRAJECTORY, EnvironmentPool, Episode,
-                    StageOutput, UserError, add_engine_options, duration, environment_of, is_deliberation, list_tasks,
-                    make_engine, play, progress, prompt_path, read_rows, run_stage, share)
+from common import (
+    CANDIDATES,
+    CRITIQUE,
+    ENVIRONMENTS,
+    EPISODE,
+    PROMPTS,
+    ROLLOUT,
+    TRAJECTORY,
+    EnvironmentPool,
+    Episode,
+    StageOutput,
+    UserError,
+    add_engine_options,
+    duration,
+    environment_of,
+    is_deliberation,
+    is_valid,
+    list_tasks,
+    listed_candidates,
+    make_engine,
+    normalise,
+    play,
+    progress,
+    prompt_path,
+    read_rows,
+    run_stage,
+    share,
+    task_type,
+)
 
 TEST_SPLITS = ("seen", "unseen")
+RESAMPLES = 10_000  # of the bootstrap
+
+# Average rewards of the paper's table 2 and 3, in percent, as (method, ScienceWorld seen, unseen, ALFWorld seen, unseen).
+QUOTED = [
+    ("GPT-4o, ReAct", 60.0, 56.0, 78.6, 83.6),
+    ("GPT-4o-mini, ReAct", 49.1, 42.7, 32.1, 41.0),
+    ("Llama-3.1-70B-Instruct, ReAct", 72.6, 70.2, 78.6, 73.9),
+    ("Llama-3.1-70B-Instruct + MPO", 80.4, 79.5, 85.7, 86.6),
+    ("Llama-3.1-8B-Instruct, ReAct", 47.7, 42.2, 22.9, 28.4),
+    ("Llama-3.1-8B-Instruct + MPO", 56.5, 55.5, 50.0, 52.2),
+    ("Llama-3.1-8B-Instruct + SFT (AgentTuning)", 75.6, 65.1, 79.3, 71.6),
+    ("Llama-3.1-8B-Instruct + ETO", 81.3, 74.1, 77.1, 76.4),
+    ("Llama-3.1-8B-Instruct + KnowAgent", 81.7, 69.6, 80.0, 74.9),
+    ("Llama-3.1-8B-Instruct + WKM", 82.1, 76.5, 77.1, 78.2),
+    ("Llama-3.1-8B-Instruct + ETO & MPO", 83.4, 80.8, 85.0, 79.1),
+    ("Llama-3.1-8B-Instruct + SAND-1 w/o SAS", 70.3, 62.0, 85.7, 77.3),
+    ("Llama-3.1-8B-Instruct + SAND-1 w/o EAC", 78.6, 73.7, 85.0, 86.6),
+    ("Llama-3.1-8B-Instruct + SAND-1", 86.6, 77.5, 92.9, 91.8),
+    ("Llama-3.1-8B-Instruct + SAND-2", 88.7, 78.2, 94.3, 94.0),
+    ("Llama-3.1-8B-Instruct + SAND-3", 85.7, 79.1, 94.3, 96.3),
+    ("Qwen2.5-7B-Instruct, ReAct", 38.5, 38.8, 71.4, 75.4),
+    ("Qwen2.5-7B-Instruct + SFT (AgentTuning)", 69.2, 60.8, 72.1, 75.4),
+    ("Qwen2.5-7B-Instruct + SAND-1 w/o SAS", 63.5, 52.4, 72.1, 62.7),
+    ("Qwen2.5-7B-Instruct + SAND-1 w/o EAC", 72.0, 66.3, 70.6, 75.0),
+    ("Qwen2.5-7B-Instruct + SAND-1", 80.9, 67.2, 85.7, 85.0),
+    ("Qwen2.5-7B-Instruct + SAND-2", 83.2, 69.9, 85.0, 89.6),
+    ("Qwen2.5-7B-Instruct + SAND-3", 84.0, 69.0, 90.7, 94.8),
+]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,34 +100,88 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--num-tasks", type=int, help="how many tasks of a split, task types taking turns; default: all")
     run.add_argument("--task-types", metavar="A,B", help="only these task types; default: all")
     run.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
+    run.add_argument("--example", metavar="JSONL", help="show an expert trajectory of this file in the prompt: the "
+                     "first of the task's type, else the first of all")
+    run.add_argument("--best-of", type=int, default=1, metavar="K", help="play each task K times and keep the best "
+                     "reward (the environment judges: an upper bound for any judge); use it with --temperature 1")
     add_engine_options(run, model="the policy to evaluate", temperature=0.0, max_tokens=512)
-    report = commands.add_parser("report", help="average rewards of all models of a run, as Markdown")
+    report = commands.add_parser("report", help="write report.md and its figures for a run")
     report.add_argument("folder", type=Path, help="the run's folder, such as runs/laptop-scienceworld")
+    compare = commands.add_parser("compare", help="one table of several runs, as Markdown")
+    compare.add_argument("folders", type=Path, nargs="+", metavar="folder")
+    show = commands.add_parser("show", help="print one episode, deliberations set apart")
+    show.add_argument("file", type=Path, help="an evaluation, such as runs/x/iter1/eval-unseen.jsonl")
+    show.add_argument("--task", required=True, help="the task's id or the end of it")
     return parser.parse_args()
 
 
-# --- The paper's measures -----------------------------------------------------------------------------------------
+# --- The paper's measures, one function each ----------------------------------------------------------------------
 
 
-def mean(values: list[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
     return sum(values) / len(values) if values else 0.0
 
 
 def reward_per_step(episode: dict) -> float:
-    """The final reward over the number of steps (section 6.3)."""
+    """The final reward over the number of steps (section 6.3, the bars of figure 3)."""
     return episode["reward"] / max(1, len(episode["steps"]))
 
 
 def deliberation_rate(episode: dict) -> float:
-    """The share of steps that deliberate (section 6.3)."""
-    return mean([is_deliberation(step["thought"]) for step in episode["steps"]])
+    """The share of steps that deliberate (section 6.3, the lines of figure 3; section 6.4, the violins of figure 4)."""
+    return mean(is_deliberation(step["thought"]) for step in episode["steps"])
+
+
+def difficulty_bands(base: list[dict]) -> dict[str, set[str]] | None:
+    """Tasks by the tertiles of the base model's reward (section 6.4): the bottom third is hard, the top third easy.
+
+    None where ties leave a band empty: where nearly all rewards are the same there are no thirds to speak of.
+    """
+    rewards = sorted(episode["reward"] for episode in base)
+    low, high = rewards[(len(rewards) - 1) // 3], rewards[2 * (len(rewards) - 1) // 3]
+    bands = {"hard": {episode["task"] for episode in base if episode["reward"] <= low},
+             "medium": {episode["task"] for episode in base if low < episode["reward"] <= high},
+             "easy": {episode["task"] for episode in base if episode["reward"] > high}}
+    return bands if all(bands.values()) else None
+
+
+def action_tokens(episode: dict) -> float:
+    """Tokens of an episode's Action lines (section 6.5), each by its share of the turn's characters, which needs no
+    tokenizer; a turn without an action is all thought."""
+    return sum(step["tokens"] * len(f"Action: {step['action']}") / len(step["text"])
+               for step in episode["steps"] if step["action"])
+
+
+def refused_rate(episode: dict) -> float:
+    """The share of steps whose action the environment refused, or that had none."""
+    return mean(not is_valid(step["observation"]) for step in episode["steps"])
+
+
+def is_loop(episode: dict) -> bool:
+    """Whether some action was repeated three times in a row with the same answer."""
+    turns = [(step["action"], step["observation"]) for step in episode["steps"]]
+    return any(turns[i] == turns[i + 1] == turns[i + 2] for i in range(len(turns) - 2))
+
+
+def changes_its_mind(thought: str, action: str) -> bool:
+    """Whether a deliberation ends in another action than the one it lists first."""
+    return listed_candidates(thought)[0] != normalise(action)
+
+
+def interval(splits: list[list[float]]) -> tuple[float, float, float]:
+    """(mean, low, high): the mean of the splits' means over tasks, and its 95 % percentile bootstrap over tasks."""
+    import numpy as np
+    random = np.random.default_rng(0)
+    means = [random.choice(np.array(values), (RESAMPLES, len(values))).mean(axis=1) for values in splits]
+    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
+    return mean(mean(values) for values in splits), float(low), float(high)
 
 
 def summary(episodes: list[dict]) -> str:
-    return (f"average reward {mean([row['reward'] for row in episodes]):.3f} over {len(episodes)} tasks, per step "
-            f"{mean([reward_per_step(row) for row in episodes]):.3f}, deliberation rate "
-            f"{mean([deliberation_rate(row) for row in episodes]):.2f}, {mean([row['tokens'] for row in episodes]):.0f} "
-            "tokens a task")
+    return (f"average reward {mean(row['reward'] for row in episodes):.3f} over {len(episodes)} tasks, per step "
+            f"{mean(map(reward_per_step, episodes)):.3f}, deliberation rate "
+            f"{mean(map(deliberation_rate, episodes)):.2f}, {mean(row['tokens'] for row in episodes):.0f} tokens a task")
 
 
 # --- run ----------------------------------------------------------------------------------------------------------
@@ -77,8 +193,19 @@ def episode_row(episode: Episode, split: str) -> dict:
             "tokens": sum(step.get("tokens", 0) for step in episode.steps), "steps": episode.steps}
 
 
+def best_of(tries: list[dict], task: str) -> dict:
+    """The try with the best reward, the first of equals; its tokens are those of all tries (Table 4's terms)."""
+    best = max(tries, key=lambda row: row["reward"])
+    return best | {"key": task, "tokens": sum(row["tokens"] for row in tries), "tries": [row["reward"] for row in tries]}
+
+
+def choose_example(task: str, experts: list[dict]) -> dict:
+    return next((row for row in experts if task_type(row["task"]) == task_type(task)), experts[0])
+
+
 def run(args: argparse.Namespace) -> None:
     engine = pool = None
+    experts = read_rows(args.example, TRAJECTORY) if args.example else []
     try:
         for split in args.splits.split(","):
             if split not in ("train", *TEST_SPLITS):
@@ -86,10 +213,12 @@ def run(args: argparse.Namespace) -> None:
             started = time.time()
             tasks = list_tasks(args.env, split, args.task_types, args.num_tasks, args.seed)
             settings = {name: value for name, value in vars(args).items() if name not in ("out", "splits", "max_live")}
-            inputs = [prompt_path(args.env), PROMPTS / "scienceworld_tasks.txt", Path(args.model) / "training.json"]
+            inputs = [prompt_path(args.env), PROMPTS / "scienceworld_tasks.txt", Path(args.model) / "training.json",
+                      *([args.example] if args.example else [])]
             out = Path(args.out) / f"eval-{split}.jsonl"
             with StageOutput(out, settings | {"split": split}, inputs) as output:
-                todo = [Episode(task, task) for task in tasks if task not in output.done]
+                todo = [Episode(f"{task}/try{n}", task, example=choose_example(task, experts) if experts else None)
+                        for task in tasks for n in range(args.best_of) if f"{task}/try{n}" not in output.done]
                 if todo:
                     pool = pool or EnvironmentPool(args.env, min(args.max_live, len(todo)))
                     engine = engine or make_engine(args)
@@ -98,7 +227,7 @@ def run(args: argparse.Namespace) -> None:
                     for episode in progress(play(todo, engine, pool, sampling, args.seed, args.max_turns),
                                             total=len(todo), desc=split):
                         output.write(episode_row(episode, split))
-                rows = [output.done[task] for task in tasks]
+                rows = [best_of([output.done[f"{task}/try{n}"] for n in range(args.best_of)], task) for task in tasks]
                 output.finish(rows)
             print(f"{split}: {summary(rows)}; {out}; {duration(time.time() - started)}")
     finally:
@@ -107,51 +236,345 @@ def run(args: argparse.Namespace) -> None:
 
 
 # --- report -------------------------------------------------------------------------------------------------------
+#
+# A run's evaluations are {model: {split: [episode, ...]}}, such as {"SFT": {"seen": [...], "unseen": [...]}, ...}.
+
+
+def evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
+    """All evaluations in a run's folder, in the order of the paper's tables.
+
+    Raises UserError where one is not whole, or where two were made on other tasks: they could not be compared.
+    """
+    names = {"base": "base", "base-example": "base, one example", "iter0": "SFT"}
+    for variant, suffix in {"": "", "no-sas": " w/o SAS", "no-eac": " w/o EAC"}.items():
+        found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
+        for path in sorted(found, key=lambda path: int(path.name[4:])):
+            names[path.relative_to(folder).as_posix()] = f"SAND-{path.name[4:]}{suffix}"
+    for path in sorted(folder.glob("*/best-of-*")):
+        of = names.get(path.parent.name, path.parent.name)
+        names[path.relative_to(folder).as_posix()] = f"{of}, best of {path.name.removeprefix('best-of-')}"
+
+    models: dict[str, dict[str, list[dict]]] = {}
+    first: dict[str, Path] = {}
+    for name, label in names.items():
+        files = {split: folder / name / f"eval-{split}.jsonl" for split in TEST_SPLITS}
+        if not any(file.exists() for file in files.values()):
+            continue
+        models[label] = {split: read_rows(file, EPISODE) for split, file in files.items()}
+        for split, file in files.items():
+            other = first.setdefault(split, file)
+            mine = {row["task"] for row in models[label][split]}
+            theirs = {row["task"] for row in next(iter(models.values()))[split]}
+            if mine != theirs:
+                raise UserError(f"{file} and {other} were made on different tasks ({len(mine - theirs)} and "
+                                f"{len(theirs - mine)} are in only one of them); evaluate both with the same options")
+    if not models:
+        raise UserError(f"{folder}: has no evaluations (base/eval-seen.jsonl, iter0/eval-seen.jsonl, ...); "
+                        "run `make all`")
+    return models
+
+
+def rewards(splits: dict[str, list[dict]], split: str) -> list[float]:
+    return [row["reward"] for row in splits[split]]
+
+
+def differences(splits: dict[str, list[dict]], reference: dict[str, list[dict]], split: str) -> list[float]:
+    """Rewards less the reference's on the same task."""
+    theirs = {row["task"]: row["reward"] for row in reference[split]}
+    return [row["reward"] - theirs[row["task"]] for row in splits[split]]
+
+
+def table(header: list[str], rows: Iterable[list[object]]) -> list[str]:
+    """A Markdown table, as lines."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
+
+
+def with_interval(splits: list[list[float]], sign: str = "") -> str:
+    value, low, high = interval(splits)
+    return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def reward_section(models: dict, env: str) -> list[str]:
+    sizes = {split: len(next(iter(models.values()))[split]) for split in TEST_SPLITS}
+    lines = ["## Average reward (tables 2 and 3)", "",
+             "95 % bootstrap intervals over tasks; the difference to SFT is paired, on the same tasks.", ""]
+    rows = []
+    for name, splits in models.items():
+        against = "" if name == "SFT" or "SFT" not in models else with_interval(
+            [differences(splits, models["SFT"], split) for split in TEST_SPLITS], "+")
+        rows.append([name, *(with_interval([rewards(splits, split)]) for split in TEST_SPLITS),
+                     with_interval([rewards(splits, split) for split in TEST_SPLITS]), against])
+    lines += table(["model", *(f"{split} (n={sizes[split]})" for split in TEST_SPLITS), "average", "against SFT"], rows)
+    columns = {"scienceworld": (1, 2), "alfworld": (3, 4)}.get(env)
+    if columns:
+        lines += ["<details><summary>The paper's own figures, quoted from its tables 2 and 3 (percent, all test "
+                  "tasks)</summary>", "",
+                  *table(["method", "seen", "unseen"], ([row[0], *(row[i] for i in columns)] for row in QUOTED)),
+                  "</details>", ""]
+    return lines
+
+
+def step_section(models: dict) -> list[str]:
+    lines = ["## Reward and deliberation per step (figure 3)", "", "![figure 3](figure3.png)", ""]
+    return lines + table(
+        ["model", *(f"reward/step {split}" for split in TEST_SPLITS), *(f"deliberation rate {s}" for s in TEST_SPLITS)],
+        ([name, *(f"{mean(map(reward_per_step, splits[split])):.3f}" for split in TEST_SPLITS),
+          *(f"{mean(map(deliberation_rate, splits[split])):.2f}" for split in TEST_SPLITS)]
+         for name, splits in models.items()))
+
+
+def band_rates(models: dict) -> dict[str, dict[str, list[float]]] | None:
+    """Figure 4's data: {SAND-k: {band: deliberation rate of each unseen task}}; None where there are no bands."""
+    bands = difficulty_bands(models["base"]["unseen"]) if "base" in models else None
+    if bands is None:
+        return None
+    return {name: {band: [deliberation_rate(row) for row in splits["unseen"] if row["task"] in tasks]
+                   for band, tasks in bands.items()}
+            for name, splits in models.items() if re.fullmatch(r"SAND-\d+", name)}
+
+
+def band_section(models: dict) -> list[str]:
+    lines = ["## Deliberation by difficulty (figure 4)", ""]
+    rates = band_rates(models)
+    if rates is None:
+        return [*lines, "Not drawn: the bands are tertiles of the base model's reward on the unseen split, and here ties "
+                "leave a band empty.", ""]
+    return [*lines, "![figure 4](figure4.png)", "", *table(
+        ["model", "hard", "medium", "easy"],
+        ([name, *(f"{mean(values):.2f} (n={len(values)})" for values in bands.values())]
+         for name, bands in rates.items()))]
+
+
+def token_section(models: dict) -> list[str]:
+    lines = ["## Tokens per task (table 4)", "", "What the agent wrote, averaged over both splits; an action's tokens are "
+             "its share of the turn's characters. A best-of-K row counts all K tries.", ""]
+    totals = {name: mean(row["tokens"] for row in both(splits)) for name, splits in models.items()}
+    reference = totals.get("SFT")
+    return lines + table(
+        ["model", "tokens", "of SFT's", "thought", "action"],
+        ([name, f"{totals[name]:.0f}", f"{totals[name] / reference:.1f}x" if reference else "",
+          f"{totals[name] - acting:.0f}" if "best of" not in name else "",
+          f"{acting:.0f}" if "best of" not in name else ""]
+         for name, splits in models.items() for acting in [mean(map(action_tokens, both(splits)))]))
+
+
+def both(splits: dict[str, list[dict]]) -> list[dict]:
+    return [row for split in TEST_SPLITS for row in splits[split]]
+
+
+def type_section(models: dict) -> list[str]:
+    kinds = Counter(task_type(row["task"]) for row in both(next(iter(models.values()))))
+    return ["## Average reward by task type", "", *table(
+        ["task type", "tasks", *models],
+        ([kind, kinds[kind], *(f"{mean(row['reward'] for row in both(splits) if task_type(row['task']) == kind):.3f}"
+                               for splits in models.values())] for kind in sorted(kinds)))]
+
+
+def ending_section(models: dict) -> list[str]:
+    ends = sorted({row["end"].split(":")[0] for splits in models.values() for row in both(splits)})
+    counts = {name: Counter(row["end"].split(":")[0] for row in both(splits)) for name, splits in models.items()}
+    lines = ["## Why episodes ended, and when they succeeded", "", "![success by turn](success.png)", ""]
+    lines += table(["model", *ends], ([name, *(counts[name][end] for end in ends)] for name in models))
+    lines += ["## Actions", "", "Refused: the share of steps whose action the environment did not accept, or that had "
+              "none. In a loop: episodes with an action repeated three times in a row with the same answer.", ""]
+    return lines + table(
+        ["model", "refused", "without an action", "in a loop"],
+        ([name, f"{mean(map(refused_rate, both(splits))):.2f}",
+          f"{mean(mean(not step['action'] for step in row['steps']) for row in both(splits)):.2f}",
+          share(sum(map(is_loop, both(splits))), len(both(splits)))] for name, splits in models.items()))
+
+
+def calibration_section(models: dict, folder: Path) -> list[str]:
+    """How deliberation behaves: in evaluations, and in the rollouts of flagged steps."""
+    lines = ["## Calibration of deliberation", ""]
+    rows = []
+    for name, splits in models.items():
+        steps = [step for row in both(splits) for step in row["steps"]
+                 if is_deliberation(step["thought"]) and step["action"]]
+        if steps:
+            changed = sum(changes_its_mind(step["thought"], step["action"]) for step in steps)
+            rows.append([name, len(steps), share(changed, len(steps))])
+    lines += ["How often a deliberating step ends in another action than the one it lists first.", "",
+              *table(["model", "deliberating steps", "another than the first"], rows)] if rows else [
+              "No model deliberates.", ""]
+    rows, spread = [], []
+    for path in iteration_files(folder, "rollouts.jsonl"):
+        rollouts = read_rows(path, ROLLOUT)
+        sampled = [row for row in rollouts if row["source"] == "sample"]
+        groups = [[row["reward"] for row in sampled if is_deliberation(row["thought"]) == with_it]
+                  for with_it in (True, False)]
+        rows.append([path.parent.name, *(f"{mean(group):.3f} (n={len(group)})" if group else "none" for group in groups)])
+        expert = {row["candidate"]: row["reward"] for row in rollouts if row["source"] == "expert"}
+        beaten = sum(row["reward"] > expert[row["candidate"]] for row in sampled)
+        spread.append([path.parent.name, len(expert), f"{len(rollouts) / max(1, len(expert)):.1f}",
+                       f"{mean(expert.values()):.3f}", f"{mean(row['reward'] for row in sampled):.3f}",
+                       share(sum(not row["valid"] for row in sampled), len(sampled)), share(beaten, len(sampled))])
+    if rows:
+        lines += ["Average reward of the rollouts from flagged steps, by whether the sampled thought deliberated.", "",
+                  *table(["iteration", "with deliberation", "without"], rows),
+                  "## Candidates and their rollouts (stage 2)", "",
+                  *table(["iteration", "flagged steps", "actions a step", "reward, expert", "reward, sampled",
+                          "sampled and refused", "sampled and better than the expert"], spread)]
+    return lines
+
+
+def iteration_files(folder: Path, name: str) -> list[Path]:
+    found = (path for path in folder.glob(f"iter*/{name}") if path.parent.name[4:].isdigit())
+    return sorted(found, key=lambda path: int(path.parent.name[4:]))
+
+
+def stage_section(folder: Path) -> list[str]:
+    """What the stages counted: flagged steps, fall-backs, steps that deliberate in the training data."""
+    rows = []
+    for path in iteration_files(folder, "deliberations.jsonl"):
+        iteration = path.parent
+        if not ((iteration / "candidates.jsonl").exists() and (iteration / "critiques.jsonl").exists()):
+            continue
+        candidates = read_rows(iteration / "candidates.jsonl", CANDIDATES)
+        critiques = read_rows(iteration / "critiques.jsonl", CRITIQUE)
+        steps = [step for row in read_rows(path, TRAJECTORY) for step in row["steps"]]
+        rows.append([iteration.name, share(sum(row["flagged"] for row in candidates), len(candidates)),
+                     share(sum(bool(row["fallback"]) for row in critiques), len(critiques)),
+                     sum("fallback" in step for step in steps),
+                     share(sum(bool(step.get("deliberated")) for step in steps), len(steps))])
+    return ["## What the stages did", "", *table(
+        ["iteration", "steps flagged", "critiques that fell back", "deliberations that fell back",
+         "training steps that deliberate"], rows)] if rows else []
 
 
 def report(folder: Path) -> None:
-    """Print a Markdown table of the run's evaluations and what its stages counted."""
-    iterations = sorted((path for path in folder.glob("iter*") if path.name[4:].isdigit()), key=lambda p: int(p.name[4:]))
-    models = [("base", folder / "base"), *((f"SAND-{path.name[4:]}" if path.name != "iter0" else "SFT", path)
-                                           for path in iterations)]
+    models = evaluations(folder)
+    env = next(iter(models.values()))["seen"][0]["env"]
+    lines = [f"# {folder.name} ({env})", ""]
+    lines += reward_section(models, env) + stage_section(folder) + step_section(models) + band_section(models)
+    lines += token_section(models) + type_section(models) + ending_section(models)
+    lines += calibration_section(models, folder)
+    lines += [f"Made by `python evaluate.py report {folder}` from the eval-*.jsonl, candidates.jsonl, rollouts.jsonl, "
+              "critiques.jsonl and deliberations.jsonl in that folder; \"eval\" rows hold whole transcripts."]
+    figures = {"figure3": draw_steps(models), "success": draw_success(models)}
+    rates = band_rates(models)
+    if rates:
+        figures["figure4"] = draw_bands(rates)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    print("\n".join(reward_section(models, "") + stage_section(folder)))
+    print(f"{folder / 'report.md'} has more")
+
+
+# --- Figures ------------------------------------------------------------------------------------------------------
+
+
+def new_figure(columns: int = 1, width: float = 7.0):
+    from matplotlib.figure import Figure  # no pyplot: works without a display and keeps no state
+    figure = Figure(figsize=(width, 3.4), dpi=120, layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False, sharey=columns > 1)[0]
+
+
+def draw_steps(models: dict):
+    """Figure 3: reward per step as bars, deliberation rate per step as lines, over SFT and the iterations."""
+    names = [name for name in models if re.fullmatch(r"SFT|SAND-\d+", name)] or list(models)
+    figure, (axis,) = new_figure()
+    rates = axis.twinx()
+    for offset, split in zip((-0.2, 0.2), TEST_SPLITS, strict=True):
+        places = [place + offset for place in range(len(names))]
+        axis.bar(places, [mean(map(reward_per_step, models[name][split])) for name in names], width=0.36,
+                 label=f"reward, {split}", color={"seen": "#9ecae1", "unseen": "#3182bd"}[split])
+        rates.plot(places, [mean(map(deliberation_rate, models[name][split])) for name in names], marker="o",
+                   label=f"deliberation, {split}", color={"seen": "#fdae6b", "unseen": "#e6550d"}[split])
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel("average reward per step")
+    rates.set_ylabel("deliberation rate per step")
+    rates.set_ylim(-0.02, 1.02)
+    figure.legend(loc="outside upper center", ncols=4, fontsize="small")
+    return figure
+
+
+def draw_bands(rates: dict[str, dict[str, list[float]]]):
+    """Figure 4: the distribution of deliberation rates in the three difficulty bands, one panel an iteration."""
+    figure, axes = new_figure(len(rates), width=max(4.0, 3.0 * len(rates)))
+    for axis, (name, bands) in zip(axes, rates.items(), strict=True):
+        axis.violinplot(list(bands.values()), showmedians=True)
+        axis.set_xticks(range(1, len(bands) + 1), [f"{band}\n(n={len(values)})" for band, values in bands.items()])
+        axis.set_title(name)
+        axis.set_ylim(-0.02, 1.02)
+    axes[0].set_ylabel("deliberation rate of a task")
+    return figure
+
+
+def success_by_turn(episodes: list[dict]) -> list[float]:
+    """The share of tasks that have succeeded within 1, 2, ... turns."""
+    longest = max(len(row["steps"]) for row in episodes)
+    at = Counter(len(row["steps"]) for row in episodes if row["end"] == "success")
+    return [count / len(episodes) for count in accumulate(at[turn] for turn in range(1, longest + 1))]
+
+
+def draw_success(models: dict):
+    figure, axes = new_figure(2)
+    longest = max(len(row["steps"]) for splits in models.values() for row in both(splits))
+    for axis, split in zip(axes, TEST_SPLITS, strict=True):
+        for name, splits in models.items():
+            if "best of" not in name:
+                curve = success_by_turn(splits[split])
+                curve += [curve[-1]] * (longest - len(curve))
+                axis.step(range(1, longest + 1), curve, where="post", label=name)
+        axis.set_title(split)
+        axis.set_xlabel("turns")
+    axes[0].set_ylabel("share of tasks solved by then")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
+    return figure
+
+
+# --- compare and show ---------------------------------------------------------------------------------------------
+
+
+def compare(folders: list[Path]) -> None:
+    """Print one table of several runs; those whose names differ only in -seedN are averaged, with their spread."""
+    groups: dict[str, list[dict]] = {}
+    for folder in folders:
+        groups.setdefault(re.sub(r"-seed\d+$", "", folder.name), []).append(evaluations(folder))
     rows = []
-    for name, path in models:
-        files = [path / f"eval-{split}.jsonl" for split in TEST_SPLITS]
-        if all(file.exists() for file in files):
-            rows.append((name, [read_rows(file, EPISODE) for file in files]))
-    if not rows:
-        raise UserError(f"{folder}: has no evaluations (base/eval-seen.jsonl, iter0/eval-seen.jsonl ...); run `make all`")
-    env = rows[0][1][0][0]["env"]
-    print(f"# {folder.name} ({env})\n")
-    print("| model | seen | unseen | average | reward/step | deliberation rate | tokens/task |")
-    print("|---|---|---|---|---|---|---|")
-    for name, splits in rows:
-        both = [row for episodes in splits for row in episodes]
-        rewards = [mean([row["reward"] for row in episodes]) for episodes in splits]
-        print(f"| {name} | {rewards[0]:.3f} (n={len(splits[0])}) | {rewards[1]:.3f} (n={len(splits[1])}) | "
-              f"{mean(rewards):.3f} | {mean([reward_per_step(row) for row in both]):.3f} | "
-              f"{mean([deliberation_rate(row) for row in both]):.2f} | {mean([row['tokens'] for row in both]):.0f} |")
-    print()
-    for path in iterations[1:]:
-        files = [path / name for name in ("candidates.jsonl", "critiques.jsonl", "deliberations.jsonl")]
-        if not all(file.exists() for file in files):
-            continue
-        candidates = read_rows(files[0], CANDIDATES)
-        critiques = read_rows(files[1], CRITIQUE)
-        steps = [step for row in read_rows(files[2], TRAJECTORY) for step in row["steps"]]
-        fell_back = sum(bool(row["fallback"]) for row in critiques)
-        print(f"- {path.name}: {share(sum(row['flagged'] for row in candidates), len(candidates))} steps flagged, "
-              f"{share(fell_back, len(critiques))} critiques fell back, "
-              f"{sum('fallback' in step for step in steps)} deliberations fell back, "
-              f"{share(sum(bool(step.get('deliberated')) for step in steps), len(steps))} training steps deliberate")
+    for group, runs in groups.items():
+        for name in dict.fromkeys(name for models in runs for name in models):
+            having = [models[name] for models in runs if name in models]
+            rows.append([group, name, len(having), *(over_seeds([mean(rewards(splits, split)) for splits in having])
+                                                     for split in TEST_SPLITS),
+                         over_seeds([mean(mean(rewards(splits, split)) for split in TEST_SPLITS) for splits in having])])
+    print("Average rewards; mean ± standard deviation over seeds.\n")
+    print("\n".join(table(["run", "model", "seeds", *TEST_SPLITS, "average"], rows)).rstrip())
+
+
+def over_seeds(values: list[float]) -> str:
+    from statistics import stdev
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def show(file: Path, task: str) -> None:
+    """Print one episode: observations as they are, thoughts indented, the candidates of a deliberation set apart."""
+    rows = [row for row in read_rows(file, EPISODE) if f"/{row['task']}".endswith(f"/{task}")]
+    if len(rows) != 1:
+        raise UserError(f"{file}: {len(rows)} episodes of a task that ends in '{task}'; name one of its tasks")
+    (row,) = rows
+    print(f"{row['task']} ({row['split']}): reward {row['reward']:.2f}, {row['end']}, {row['tokens']} tokens\n\n"
+          f"{row['instruction']}")
+    for number, step in enumerate(row["steps"], 1):
+        print(f"\n--- {number}" + (" (deliberates)" if is_deliberation(step["thought"]) else ""))
+        for line in filter(None, step["thought"].split("\n")):
+            print(f"    {'    ' if line.startswith('- ') else ''}{line}")
+        print(f"> {step['action'] or '(no action)'}\n{step['observation']}")
 
 
 def main() -> None:
     args = parse_arguments()
     if args.command == "run":
         run(args)
-    else:
+    elif args.command == "report":
         report(args.folder)
+    elif args.command == "compare":
+        compare(args.folders)
+    else:
+        show(args.file, args.task)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ after the last attempt the step keeps its old thought. Unflagged steps keep thei
 Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. Steps that deliberate have
 "deliberated": true, those that fell back "fallback": [reasons]. With --expert-switch, a rollout whose reward beats the
 expert's replaces the rest of the trajectory from its step on; the row then says so in "switched".
+
+The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC); with
+--propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from common import (CANDIDATES, CRITIQUE, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies,
                     duration, fill_dialogue, generate_checked, leak_in, listed_candidates, literally, make_engine,
@@ -29,9 +33,11 @@ from common import (CANDIDATES, CRITIQUE, ROLLOUT, TRAJECTORY, Output, StageOutp
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trajectories", required=True, metavar="JSONL", help="expert trajectories, D_exp")
-    parser.add_argument("--candidates", required=True, metavar="JSONL", help="what stage 1 wrote for them")
-    parser.add_argument("--rollouts", required=True, metavar="JSONL", help="what stage 2 wrote")
-    parser.add_argument("--critiques", required=True, metavar="JSONL", help="what stage 3 wrote")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--candidates", metavar="JSONL", help="what stage 1 wrote for them")
+    source.add_argument("--propose", type=int, metavar="N", help="no candidates: the base model proposes N others itself")
+    parser.add_argument("--rollouts", metavar="JSONL", help="what stage 2 wrote")
+    parser.add_argument("--critiques", metavar="JSONL", help="what stage 3 wrote; default: candidates are not judged")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
@@ -69,24 +75,46 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
-    return [{"key": row["key"], "trajectory": trajectory, "step": row["step"], "critiques": critiques[row["key"]],
-             "action": trajectory["steps"][row["step"] - 1]["action"]}
+    return [{"key": row["key"], "trajectory": trajectory, "step": row["step"],
+             "action": trajectory["steps"][row["step"] - 1]["action"],
+             "candidates": critiques.get(row["key"], row["actions"])}
             for row in candidates if row["flagged"] and len(row["actions"]) > 1 and row["step"] <= last]
 
 
-def deliberation_prompt(item: dict, shown: int | None) -> list[str]:
+def plan_proposals(trajectory: dict) -> list[dict]:
+    """Every step, without candidates: the base model is to think of them itself (w/o SAS)."""
+    return [{"key": f"{trajectory['key']}/step{t}", "trajectory": trajectory, "step": t, "action": step["action"],
+             "candidates": None} for t, step in enumerate(trajectory["steps"], 1)]
+
+
+def deliberation_prompt(item: dict, args: argparse.Namespace) -> list[str]:
     """Prompt_d: the task, the history, the candidates with their critiques, and the action to arrive at."""
     trajectory, t = item["trajectory"], item["step"]
-    notes = "\n".join(f"- {row['action']}: {row['critique']}" for row in item["critiques"])
+    if item["candidates"] is None:
+        notes = f"- {item['action']}\n(and {args.propose} other actions that you think of yourself)"
+    else:
+        notes = "\n".join(f"- {row['action']}" + (f": {row['critique']}" if "critique" in row else "")
+                          for row in item["candidates"])
     return fill_dialogue("deliberation", task=trajectory["instruction"], candidates=notes, expert_action=item["action"],
-                         history=steps_text(trajectory["steps"][:t - 1], last=shown))
+                         history=steps_text(trajectory["steps"][:t - 1], last=args.shown_steps))
 
 
 def deliberation_form(item: dict) -> str:
     """Figure 6's output format as a regular expression: a sentence, a bullet for each candidate, the comparison."""
     line = r"[A-Z][^\n]{20,140}\."
-    bullets = "".join(rf"- {literally(row['action'])}: {line}\n" for row in item["critiques"])
+    if item["candidates"] is None:
+        bullets = rf"- {literally(item['action'])}: {line}\n(- [a-z][^\n:]{{2,60}}: {line}\n){{1,5}}"
+    else:
+        bullets = "".join(rf"- {literally(row['action'])}: {line}\n" for row in item["candidates"])
     return rf"Thought: {line}\n\n{bullets}\n{line}\nAction: {literally(item['action'])}"
+
+
+def lists_its_candidates(thought: str, item: dict) -> bool:
+    """Whether the bullets are the candidates; or, where there were none, the expert's action and at least another."""
+    listed = set(listed_candidates(thought))
+    if item["candidates"] is None:
+        return normalise(item["action"]) in listed and len(listed) > 1
+    return listed == {normalise(row["action"]) for row in item["candidates"]}
 
 
 def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[str, str | None]:
@@ -95,7 +123,7 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
     thought = turn["thought"]
     if normalise(turn["action"]) != normalise(item["action"]):
         return thought, "no action line" if not turn["action"] else "another action than the expert's"
-    if set(listed_candidates(thought)) != {normalise(row["action"]) for row in item["critiques"]}:
+    if not lists_its_candidates(thought, item):
         return thought, "bullets are not the candidates"
     if leak_in(thought):
         return thought, "speaks of the scratch-pad"
@@ -106,18 +134,20 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
     return thought, None
 
 
+def grouped(path: str | None, fields: dict, group: Callable[[dict], str]) -> dict[str, list[dict]]:
+    """The rows of a file by the group they belong to; nothing where there is no file."""
+    groups: dict[str, list[dict]] = {}
+    for row in read_rows(path, fields) if path else ():
+        groups.setdefault(group(row), []).append(row)
+    return groups
+
+
 def main() -> None:
     args = parse_arguments()
     started = time.time()
-    candidates: dict[str, list[dict]] = {}
-    for row in read_rows(args.candidates, CANDIDATES):
-        candidates.setdefault(row["trajectory"], []).append(row)
-    rollouts: dict[str, list[dict]] = {}
-    for row in read_rows(args.rollouts, ROLLOUT):
-        rollouts.setdefault(row["candidate"].rsplit("/step", 1)[0], []).append(row)
-    critiques: dict[str, list[dict]] = {}
-    for row in read_rows(args.critiques, CRITIQUE):
-        critiques.setdefault(row["candidate"], []).append(row)
+    candidates = grouped(args.candidates, CANDIDATES, lambda row: row["trajectory"])
+    rollouts = grouped(args.rollouts, ROLLOUT, lambda row: row["candidate"].rsplit("/step", 1)[0])
+    critiques = grouped(args.critiques, CRITIQUE, lambda row: row["candidate"])
     trajectories, plan = [], {}
     for row in read_rows(args.trajectories, TRAJECTORY):
         if args.expert_switch:
@@ -125,21 +155,23 @@ def main() -> None:
         for step in row["steps"]:
             step.pop("fallback", None)  # the last iteration's
         trajectories.append(row)
-        for step in candidates.get(row["key"], []):
+        for step in candidates.get(row["key"], []) if args.critiques else ():
             if step["flagged"] and len(critiques.get(step["key"], [])) != len(step["actions"]):
                 raise UserError(f"{args.critiques}: '{step['key']}' needs {len(step['actions'])} critiques and has "
                                 f"{len(critiques.get(step['key'], []))}; run stages 2 and 3 again")
-        plan |= {item["key"]: item for item in plan_steps(row, candidates.get(row["key"], []), critiques)}
+        items = plan_proposals(row) if args.propose else plan_steps(row, candidates.get(row["key"], []), critiques)
+        plan |= {item["key"]: item for item in items}
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:
         form = {"regex": deliberation_form(item)} if attempt else {}
-        return deliberation_prompt(item, args.shown_steps), retry_sampling(args, item["key"], attempt) | form
+        return deliberation_prompt(item, args), retry_sampling(args, item["key"], attempt) | form
 
     def check(item: dict, output: Output) -> tuple[str, str | None]:
-        return check_deliberation(item, deliberation_prompt(item, args.shown_steps), output)
+        return check_deliberation(item, deliberation_prompt(item, args), output)
 
-    inputs = [args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation")]
+    files = (args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation"))
+    inputs = [file for file in files if file]
     with StageOutput(args.out, settings, inputs) as output:
         todo = [item for key, item in plan.items() if key not in output.done]
         if todo:

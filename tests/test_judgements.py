@@ -1,5 +1,6 @@
 """What a user can rely on in critiques and deliberations: what the base model wrote was checked before it is learnt."""
 
+import argparse
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 import common
 from common import Output, UserError, fill_dialogue, is_deliberation, literally
 from stage3_critique import check_critique, critique_form, critique_prompt, factual_critique
-from stage4_synthesize import check_deliberation, deliberation_form, deliberation_prompt, plan_steps
+from stage4_synthesize import check_deliberation, deliberation_form, deliberation_prompt, plan_proposals, plan_steps
 
 STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
 TRAJECTORY = {"key": "a", "instruction": "Find a mug.", "steps": STEPS}
@@ -18,7 +19,8 @@ GOOD = ("Taking the mug is possible here and useful for the task. It stands on t
         "Once it is in hand, only the way to the table is left.")
 CRITIQUES = [{"action": "go to drawer 3", "critique": "It may hold a mug."},
              {"action": "take mug (blue) 1", "critique": "There is none."}]
-ITEM = {"key": "a/step3", "trajectory": TRAJECTORY, "step": 3, "critiques": CRITIQUES, "action": "go to drawer 3"}
+ITEM = {"key": "a/step3", "trajectory": TRAJECTORY, "step": 3, "candidates": CRITIQUES, "action": "go to drawer 3"}
+OPTIONS = argparse.Namespace(shown_steps=None, propose=None)
 DELIBERATION = """Thought: The second drawer held nothing but spoons.
 
 - go to drawer 3: It is the next one, and I have not seen what it holds.
@@ -83,7 +85,7 @@ def test_the_critique_prompt_shows_history_action_future_and_reward():
 
 
 def deliberate(text):
-    return check_deliberation(ITEM, deliberation_prompt(ITEM, None), written(text))
+    return check_deliberation(ITEM, deliberation_prompt(ITEM, OPTIONS), written(text))
 
 
 def test_a_good_deliberation_fits_its_form_and_is_taken():
@@ -110,6 +112,24 @@ def test_only_flagged_steps_with_two_candidates_are_deliberated_and_none_after_a
     assert [item["step"] for item in plan_steps(TRAJECTORY, rows, critiques)] == [1, 4]
     switched = TRAJECTORY | {"switched": {"step": 2}}
     assert [item["step"] for item in plan_steps(switched, rows, critiques)] == [1]
+
+
+def test_without_critiques_the_candidates_are_listed_bare():
+    rows = [{"key": "a/step3", "step": 3, "flagged": True, "actions": [{"action": "go to drawer 3"}, {"action": "wait"}]}]
+    (item,) = plan_steps(TRAJECTORY, rows, {})
+    assert "- go to drawer 3\n- wait\n" in deliberation_prompt(item, OPTIONS)[-1]
+
+
+def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():
+    items = plan_proposals(TRAJECTORY)
+    assert [item["action"] for item in items] == [step["action"] for step in STEPS]
+    options = argparse.Namespace(shown_steps=None, propose=2)
+    assert "and 2 other actions" in deliberation_prompt(items[2], options)[-1]
+    assert re.fullmatch(deliberation_form(items[2]), DELIBERATION)
+    prompt = deliberation_prompt(items[2], options)
+    assert check_deliberation(items[2], prompt, written(DELIBERATION))[1] is None
+    alone = DELIBERATION.replace("- take mug (blue) 1: I have not seen such a mug anywhere.\n", "")
+    assert check_deliberation(items[2], prompt, written(alone))[1] == "bullets are not the candidates"
 
 
 @pytest.mark.parametrize("text", ["a.b*c", "(x) [y] {z}", "a|b^c$", "1+1=2?", "back\\slash", "it's – fine"])

@@ -70,10 +70,10 @@ def test_the_plan_of_a_fresh_run_is_the_whole_algorithm(tmp_path):
 
 
 def test_make_all_ends_in_a_table(project):
-    table = (project.run / "report.md").read_text()
-    assert table in project.printed
-    assert re.findall(r"^\| (\S+) \|", table, re.MULTILINE) == ["model", "base", "SFT", "SAND-1"]
-    assert re.search(r"iter1: \d+ of 6 \(\d+ %\) steps flagged", table)
+    for text in (project.printed, (project.run / "report.md").read_text()):
+        assert re.findall(r"^\| (\S+) \| \d\.\d{3} \[", text, re.MULTILINE) == ["base", "SFT", "SAND-1"]
+        assert re.search(r"^\| iter1 \| \d of 6 \(\d+ %\) \|", text, re.MULTILINE)
+    assert (project.run / "figure3.png").stat().st_size > 5000
 
 
 def test_the_rows_of_the_stages_join_by_their_keys(project):
@@ -126,6 +126,8 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),
     ("MAX_LIVE=4", []),
+    ("VARIANT=no-sas", ITERATION[3:]),
+    ("VARIANT=no-eac", ITERATION[3:]),
 ])
 def test_a_change_makes_exactly_what_depends_on_it_stale(project, change, stale):
     what_if = [change] if "=" in change else ["-W", change]
@@ -170,7 +172,13 @@ def test_help_lists_targets_and_current_values(project):
     assert status == 0 and "make all" in stdout and re.search(r"^  RUN +t$", stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("wrong", ["ENV=chess", "PROFILE=huge"])
+def test_an_ablation_leaves_out_its_stages_and_leaves_the_run_as_it_is(project):
+    assert project.plan("VARIANT=no-sas", "ITERS=2") == scripts(*ITERATION[3:], *ITERATION[3:])
+    assert project.plan("VARIANT=no-eac", "ITERS=2") == scripts(*ITERATION[3:], "stage1_sample", *ITERATION[3:])
+    assert project.plan() == []
+
+
+@pytest.mark.parametrize("wrong", ["ENV=chess", "PROFILE=huge", "VARIANT=no-no"])
 def test_a_wrong_variable_says_what_it_can_be(project, wrong):
     status, _, stderr = project.make("all", wrong)
     assert status == 2 and f"{wrong.split('=')[0]} is '{wrong.split('=')[1]}'; it can be" in stderr

@@ -1,0 +1,204 @@
+"""What a user can rely on in a report: the paper's measures on cases worked out by hand, and figures of that data."""
+
+import json
+
+import pytest
+
+from common import dialogue
+from evaluate import (
+    UserError,
+    action_tokens,
+    band_rates,
+    best_of,
+    changes_its_mind,
+    choose_example,
+    compare,
+    deliberation_rate,
+    difficulty_bands,
+    draw_bands,
+    draw_steps,
+    draw_success,
+    evaluations,
+    interval,
+    is_loop,
+    refused_rate,
+    report,
+    reward_per_step,
+    show,
+    success_by_turn,
+)
+
+WEIGHS = "I stand here.\n\n- go: It is open.\n- wait: It wastes time.\n\nSo I go."
+
+
+def step(action="look around", thought="", observation="a room", tokens=10):
+    text = f"Thought: {thought}\nAction: {action}" if thought else f"Action: {action}"
+    return {"thought": thought, "action": action, "text": text, "tokens": tokens, "observation": observation,
+            "reward": 0.0}
+
+
+def episode(task="find-animal/1", reward=0.5, steps=None, end="turn limit", split="seen"):
+    steps = steps or [step(), step("go", WEIGHS)]
+    task = f"scienceworld/{task}"
+    return {"key": task, "env": "scienceworld", "task": task, "split": split, "instruction": "Find an animal.",
+            "reward": reward, "end": end, "tokens": sum(one["tokens"] for one in steps), "steps": steps}
+
+
+def write(folder, model, rewards, steps=None, splits=("seen", "unseen")):
+    (folder / model).mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        rows = [episode(f"find-animal/{n}", reward, steps, "success" if reward == 1 else "turn limit", split)
+                for n, reward in enumerate(rewards)]
+        (folder / model / f"eval-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def finished(tmp_path):
+    folder = tmp_path / "run-seed0"
+    write(folder, "base", [0, 0.25, 0.5])
+    write(folder, "iter0", [0.5, 0.5, 0.5], [step()] * 4)
+    write(folder, "iter1", [1, 1, 0.25])
+    return folder
+
+
+# --- Measures -----------------------------------------------------------------------------------------------------
+
+
+def test_reward_and_deliberation_per_step():
+    row = episode(reward=0.5, steps=[step(), step("go", WEIGHS), step("go", WEIGHS), step()])
+    assert reward_per_step(row) == 0.125 and deliberation_rate(row) == 0.5
+    assert reward_per_step(episode() | {"steps": []}) == 0.5
+
+
+def test_the_tertiles_of_the_bases_reward_are_the_difficulty_bands():
+    bands = difficulty_bands([episode(f"a/{n}", reward) for n, reward in enumerate([0, 0.1, 0.4, 0.5, 0.9, 1])])
+    assert {band: sorted(task[-1] for task in tasks) for band, tasks in bands.items()} == {
+        "hard": ["0", "1"], "medium": ["2", "3"], "easy": ["4", "5"]}
+
+
+@pytest.mark.parametrize("rewards", [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1], [1, 1, 1]])
+def test_ties_leave_no_bands(rewards):
+    assert difficulty_bands([episode(f"a/{n}", reward) for n, reward in enumerate(rewards)]) is None
+
+
+def test_an_actions_tokens_are_its_share_of_the_turn():
+    half = {"action": "1234", "text": "12345678901\nAction: 1234", "tokens": 24}  # "Action: 1234" is 12 of 24 characters
+    nothing = {"action": "", "text": "no idea", "tokens": 9}
+    assert action_tokens({"steps": [half, nothing]}) == 12
+
+
+def test_refusals_loops_and_changes_of_mind():
+    refused = step("fly", observation="No known action matches that input.")
+    assert refused_rate(episode(steps=[refused, step(), step(), refused])) == 0.5
+    assert is_loop(episode(steps=[step(), refused, refused, refused]))
+    assert not is_loop(episode(steps=[step(), refused, refused, step(), refused]))
+    assert changes_its_mind(WEIGHS, "wait") and not changes_its_mind(WEIGHS, "Go")
+
+
+def test_the_interval_is_that_of_the_mean_over_tasks_and_splits():
+    assert interval([[0.5] * 9, [1.0] * 9]) == (0.75, 0.75, 0.75)
+    value, low, high = interval([[0.0, 1.0] * 50])
+    assert value == 0.5 and low == pytest.approx(0.4, abs=0.02) and high == pytest.approx(0.6, abs=0.02)
+    assert interval([[0.0, 1.0] * 50]) == (value, low, high)
+
+
+def test_success_by_turn_only_grows():
+    rows = [episode("a/1", 1, [step()] * 2, "success"), episode("a/2", 0.9, [step()] * 3)]
+    assert success_by_turn(rows) == [0, 0.5, 0.5]
+
+
+def test_the_best_of_k_tries_counts_the_tokens_of_all():
+    tries = [episode(reward=reward, steps=[step(tokens=n)]) for n, reward in [(5, 0.2), (7, 0.8), (9, 0.8)]]
+    best = best_of(tries, "t")
+    assert (best["key"], best["reward"], best["tokens"], best["tries"]) == ("t", 0.8, 21, [0.2, 0.8, 0.8])
+    assert best["steps"][0]["tokens"] == 7
+
+
+def test_an_example_is_of_the_tasks_type_and_comes_before_the_task():
+    experts = [{"task": f"scienceworld/{task}", "instruction": task, "steps": [step("wait")]} for task in ("boil/1", "melt/2")]
+    assert choose_example("scienceworld/melt/9", experts) is experts[1]
+    assert choose_example("scienceworld/freeze/9", experts) is experts[0]
+    turns = dialogue("scienceworld", "Find a plant.", [step("go")], experts[1])
+    assert turns[0].endswith("melt/2") and turns[1] == "Action: wait" and turns[2].endswith("Find a plant.")
+    assert turns[3] == "Action: go" and len(turns) % 2
+
+
+# --- Reports ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_rewards_differences_and_every_section(finished, capsys):
+    report(finished)
+    text = (finished / "report.md").read_text()
+    assert "| base | 0.250 [" in text and "| SAND-1 | 0.750 [" in text
+    assert "+0.250 [" in next(line for line in text.splitlines() if line.startswith("| SAND-1 |"))
+    for heading in ("table 4", "figure 3", "figure 4", "by task type", "Why episodes ended", "Calibration"):
+        assert heading in text
+    assert "| SAND-1 | 20 | 0.5x |" in text  # 2 steps of 10 tokens, against SFT's 4
+    assert (finished / "figure3.png").exists() and (finished / "figure4.png").exists()
+    assert "| SAND-1 |" in capsys.readouterr().out
+
+
+def test_the_same_inputs_give_the_same_bytes(finished):
+    report(finished)
+    first = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    report(finished)
+    assert {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()} == first
+
+
+def test_the_figures_show_the_data(finished):
+    models = evaluations(finished)
+    figure = draw_steps(models)
+    bars, lines = figure.axes
+    assert [bar.get_height() for bar in bars.patches[:2]] == [0.125, pytest.approx(0.375)]  # seen: SFT, SAND-1
+    assert list(lines.lines[0].get_ydata()) == [0, 0.5]
+    assert bars.get_ylabel() and lines.get_ylabel()
+    assert band_rates(models) == {"SAND-1": {"hard": [0.5], "medium": [0.5], "easy": [0.5]}}
+    (panel,) = draw_bands(band_rates(models)).axes
+    assert panel.get_title() == "SAND-1" and len(panel.collections) >= 3
+    seen, _ = draw_success(models).axes
+    assert {line.get_label(): line.get_ydata()[-1] for line in seen.lines} == {
+        "base": 0, "SFT": 0, "SAND-1": pytest.approx(2 / 3)}
+
+
+def test_variants_and_baselines_stand_beside_the_run(finished):
+    for folder in ("no-sas/iter1", "no-eac/iter1", "base-example", "iter0/best-of-5", "iter2"):
+        write(finished, folder, [0, 0, 0])
+    assert list(evaluations(finished)) == [
+        "base", "base, one example", "SFT", "SAND-1", "SAND-2", "SAND-1 w/o SAS", "SAND-1 w/o EAC", "SFT, best of 5"]
+
+
+def test_evaluations_on_other_tasks_are_not_compared(finished):
+    write(finished, "iter1", [1, 1])
+    with pytest.raises(UserError, match="iter1/eval-seen.jsonl and .*base/eval-seen.jsonl were made on different tasks"):
+        evaluations(finished)
+
+
+def test_half_an_evaluation_is_named(finished, tmp_path):
+    path = finished / "iter1" / "eval-unseen.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(UserError, match="iter1/eval-unseen.jsonl:3: not valid JSON"):
+        evaluations(finished)
+    path.write_text("")
+    with pytest.raises(UserError, match="iter1/eval-unseen.jsonl: has no rows"):
+        evaluations(finished)
+    path.unlink()
+    with pytest.raises(UserError, match="iter1/eval-unseen.jsonl: cannot be read"):
+        evaluations(finished)
+    with pytest.raises(UserError, match="has no evaluations"):
+        evaluations(tmp_path / "empty")
+
+
+def test_runs_are_compared_over_their_seeds(finished, capsys):
+    other = finished.with_name("run-seed1")
+    write(other, "iter0", [1, 1, 1])
+    compare([finished, other])
+    assert "| run | SFT | 2 | 0.750 ± 0.354 | 0.750 ± 0.354 | 0.750 ± 0.354 |" in capsys.readouterr().out
+
+
+def test_an_episode_is_shown_with_its_deliberation_apart(finished, capsys):
+    show(finished / "iter1" / "eval-seen.jsonl", "find-animal/0")
+    shown = capsys.readouterr().out
+    assert "reward 1.00, success" in shown and "--- 2 (deliberates)" in shown
+    assert "        - wait: It wastes time." in shown and "> go\na room" in shown
+    with pytest.raises(UserError, match="0 episodes of a task that ends in 'boil/1'"):
+        show(finished / "iter1" / "eval-seen.jsonl", "boil/1")
