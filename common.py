@@ -62,6 +62,8 @@ def run_stage(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; finished rows are kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # The fields a row of each kind must have, with their types. More fields are welcome and are passed on.
@@ -923,7 +925,7 @@ class LocalEngine:
         self.longest = max_model_len
         self.refused: list[tuple[object, list[Output]]] = []
         self.names: dict[str, object] = {}
-        self.submitted = 0
+        self.submitted = self.tokens_in = self.tokens_out = 0
 
     @property
     def busy(self) -> bool:
@@ -940,6 +942,7 @@ class LocalEngine:
             self.refused.append((name, [Output("", 0, "context")] * n))
             return
         self.submitted += 1
+        self.tokens_in += len(ids)
         self.names[str(self.submitted)] = name
         self.engine.add_request(str(self.submitted), {"prompt_token_ids": ids}, SamplingParams(
             n=n, temperature=temperature, max_tokens=min(max_tokens, room), seed=seed, stop=stop,
@@ -953,6 +956,7 @@ class LocalEngine:
             for result in self.engine.step():
                 if result.finished:
                     outputs = sorted(result.outputs, key=lambda output: output.index)
+                    self.tokens_out += sum(len(output.token_ids) for output in outputs)
                     finished.append((self.names.pop(result.request_id), [
                         Output(output.text, len(output.token_ids), output.finish_reason) for output in outputs]))
         return finished
@@ -965,7 +969,7 @@ class ServerEngine:
         import openai
         self.model = model
         self.client = openai.OpenAI(base_url=api_base, api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                                    max_retries=4, timeout=600)
+                                    max_retries=8, timeout=600)
         try:
             served = [entry.id for entry in self.client.with_options(max_retries=0, timeout=10).models.list()]
         except openai.APIConnectionError:
@@ -980,6 +984,7 @@ class ServerEngine:
             raise UserError(f"{api_base} does not serve '{model}' but {', '.join(served) or 'nothing'}; mend --model")
         self.threads = ThreadPoolExecutor(max_live)
         self.pending: dict = {}
+        self.tokens_in = self.tokens_out = 0  # what a server bills
 
     @property
     def busy(self) -> bool:
@@ -993,23 +998,31 @@ class ServerEngine:
             self._complete, messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed, n=n,
             stop=stop, extra_body=extra)] = name
 
-    def _complete(self, **request: object) -> list[Output]:
+    def _complete(self, **request: object) -> tuple[list[Output], int]:
+        """(completions, tokens of the prompt); the client itself retries after rate limits and failures, with back-off."""
         import openai
         try:
             reply = self.client.chat.completions.create(model=self.model, **request)
         except openai.BadRequestError as error:
             if "context" in str(error).lower():
-                return [Output("", 0, "context")] * request["n"]
+                return [Output("", 0, "context")] * request["n"], 0
             raise UserError(f"the server refused a request: {error}") from None
         except openai.APIError as error:
             raise UserError(f"the server failed for good after retries: {error}") from None
         tokens = reply.usage.completion_tokens // len(reply.choices) if reply.usage else 0
-        return [Output(choice.message.content or "", tokens, choice.finish_reason) for choice in reply.choices]
+        outputs = [Output(choice.message.content or "", tokens, choice.finish_reason) for choice in reply.choices]
+        return outputs, reply.usage.prompt_tokens if reply.usage else 0
 
     def poll(self) -> list[tuple[object, list[Output]]]:
         """The requests that have finished; waits a little for the first, so that callers need no pause of their own."""
         done, _ = wait(self.pending, timeout=0.02, return_when=FIRST_COMPLETED)
-        return [(self.pending.pop(future), future.result()) for future in done]
+        finished = []
+        for future in done:
+            outputs, tokens_in = future.result()
+            self.tokens_in += tokens_in
+            self.tokens_out += sum(output.tokens for output in outputs)
+            finished.append((self.pending.pop(future), outputs))
+        return finished
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperature: float, max_tokens: int) -> None:

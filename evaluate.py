@@ -26,6 +26,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
@@ -204,35 +205,38 @@ def choose_example(task: str, experts: list[dict]) -> dict:
 
 
 def run(args: argparse.Namespace) -> None:
-    engine = pool = None
+    """Play the episodes of all splits together; the files appear when all are played."""
+    started = time.time()
+    tasks = {}
+    for split in args.splits.split(","):
+        if split not in ("train", *TEST_SPLITS):
+            raise UserError(f"--splits: unknown split '{split}'; known are train, seen, unseen")
+        tasks[split] = list_tasks(args.env, split, args.task_types, args.num_tasks, args.seed)
     experts = read_rows(args.example, TRAJECTORY) if args.example else []
-    try:
-        for split in args.splits.split(","):
-            if split not in ("train", *TEST_SPLITS):
-                raise UserError(f"--splits: unknown split '{split}'; known are train, seen, unseen")
-            started = time.time()
-            tasks = list_tasks(args.env, split, args.task_types, args.num_tasks, args.seed)
-            settings = {name: value for name, value in vars(args).items() if name not in ("out", "splits", "max_live")}
-            inputs = [prompt_path(args.env), PROMPTS / "scienceworld_tasks.txt", Path(args.model) / "training.json",
-                      *([args.example] if args.example else [])]
-            out = Path(args.out) / f"eval-{split}.jsonl"
-            with StageOutput(out, settings | {"split": split}, inputs) as output:
-                todo = [Episode(f"{task}/try{n}", task, example=choose_example(task, experts) if experts else None)
-                        for task in tasks for n in range(args.best_of) if f"{task}/try{n}" not in output.done]
-                if todo:
-                    pool = pool or EnvironmentPool(args.env, min(args.max_live, len(todo)))
-                    engine = engine or make_engine(args)
-                    sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens,
-                                "stop": ["\nObservation:"]}
-                    for episode in progress(play(todo, engine, pool, sampling, args.seed, args.max_turns),
-                                            total=len(todo), desc=split):
-                        output.write(episode_row(episode, split))
-                rows = [best_of([output.done[f"{task}/try{n}"] for n in range(args.best_of)], task) for task in tasks]
-                output.finish(rows)
-            print(f"{split}: {summary(rows)}; {out}; {duration(time.time() - started)}")
-    finally:
-        if pool:
-            pool.close()
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "splits", "max_live")}
+    inputs = [prompt_path(args.env), PROMPTS / "scienceworld_tasks.txt", Path(args.model) / "training.json",
+              *([args.example] if args.example else [])]
+    with ExitStack() as stack:
+        outputs = {split: stack.enter_context(StageOutput(Path(args.out) / f"eval-{split}.jsonl",
+                                                          settings | {"split": split}, inputs)) for split in tasks}
+        todo = [Episode(f"{split}/{task}/try{n}", task, example=choose_example(task, experts) if experts else None)
+                for split in tasks for task in tasks[split] for n in range(args.best_of)
+                if f"{split}/{task}/try{n}" not in outputs[split].done]
+        if todo:
+            pool = stack.enter_context(EnvironmentPool(args.env, min(args.max_live, len(todo))))
+            engine = make_engine(args)
+            sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens, "stop": ["\nObservation:"]}
+            episodes = play(todo, engine, pool, sampling, args.seed, args.max_turns)
+            for episode in progress(episodes, total=len(todo), desc="evaluate"):
+                split = episode.key.split("/")[0]
+                outputs[split].write(episode_row(episode, split))
+        for split, output in outputs.items():
+            rows = [best_of([output.done[f"{split}/{task}/try{n}"] for n in range(args.best_of)], task)
+                    for task in tasks[split]]
+            output.finish(rows)
+            print(f"{split}: {summary(rows)}; {output.path}")
+    spent = f"; {engine.tokens_in} tokens of prompts in, {engine.tokens_out} tokens out" if todo else ""
+    print(f"{sum(map(len, tasks.values()))} tasks in {duration(time.time() - started)}{spent}")
 
 
 # --- report -------------------------------------------------------------------------------------------------------

@@ -125,6 +125,7 @@ def test_a_server_answers_like_the_engine_in_the_process(engine, server):
     remote = ServerEngine(server, "tiny", max_live=4)
     (here,), (there,) = ask(engine), ask(remote)
     assert (here.text, here.tokens) == (there.text, there.tokens)
+    assert remote.tokens_out == there.tokens and remote.tokens_in > 10
     assert len(ask(remote, temperature=1.0, n=3)) == 3
     assert re.fullmatch("yes|no", ask(remote, regex="yes|no")[0].text)
     assert ask(remote, ["word " * 3000])[0].finish == "context"
