@@ -92,7 +92,7 @@ TASK_TABLE := $(if $(filter scienceworld,$(ENV)),prompts/scienceworld_tasks.txt)
 .PHONY: all iter baselines report test help venv data games clean FORCE
 
 all: $(R)/report.md ## all iterations and evaluations, then report.md with its table of average rewards
-iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl ## only iteration ITER, only its stale stages
+iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-unseen.jsonl ## only iteration ITER, only its stale stages
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -164,6 +164,7 @@ $(R)/base/eval-seen.jsonl $(R)/base/eval-unseen.jsonl &: evaluate.py common.py $
 endif
 
 # ---- Stages 1 to 5 of iteration K ----
+evals = $(foreach f,$1,$f/eval-seen.jsonl $f/eval-unseen.jsonl)
 before = $(shell expr $1 - 1)
 folder = $(if $(filter 0,$1),$(R),$(I))/iter$1
 policy = $(call folder,$(call before,$1))/model
@@ -182,7 +183,7 @@ $(call folder,$1)/critiques.jsonl: $(call folder,$1)/rollouts.jsonl stage3_criti
 	$(PYTHON) stage3_critique.py --trajectories $(call experts,$1) --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(BASE)
 	$(PYTHON) stage4_synthesize.py --trajectories $$< $(addprefix --candidates ,$(call sampled,$1)) $(if $(call judged,$1),--rollouts $(firstword $(call judged,$1)) --critiques $(lastword $(call judged,$1))) $(SYNTHESIS) $(BASE_OPTIONS) $(ENGINE) --out $$@
-$(call folder,$1)/model/config.json: $(call folder,$1)/deliberations.jsonl stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)
+$(call folder,$1)/model/config.json: $(call folder,$1)/deliberations.jsonl $(call policy,$1)/config.json stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)
 	$(LAUNCH) stage5_finetune.py --model $(call policy,$1) --data $$< --epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS)) $(TRAIN_OPTIONS) --out $$(@D)
 endef
 define evaluation
@@ -200,15 +201,16 @@ $(if $(strip $(MISSING)),$(error iteration $(strip $(ITER)) begins with $(MISSIN
 endif
 
 # ---- Baselines and the report ----
-baselines: $(R)/base-example/eval-seen.jsonl $(R)/iter0/best-of-$(strip $(K))/eval-seen.jsonl ## base with one example in its prompt, SFT's best of K tries
+baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K))) ## base with one example in its prompt, SFT's best of K tries
 
 $(R)/base-example/eval-seen.jsonl $(R)/base-example/eval-unseen.jsonl &: $(R)/expert.jsonl evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
 	$(PYTHON) evaluate.py run --model $(MODEL) --example $< $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 $(R)/iter0/best-of-$(strip $(K))/eval-seen.jsonl $(R)/iter0/best-of-$(strip $(K))/eval-unseen.jsonl &: $(R)/iter0/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
 	$(PYTHON) evaluate.py run --model $(R)/iter0/model --best-of $(strip $(K)) --temperature 1 $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 
+# Whatever else was evaluated in this run: baselines, variants.
 EVALUATIONS = $(wildcard $(R)/*/eval-*.jsonl $(R)/*/*/eval-*.jsonl)
-$(R)/report.md: $(R)/base/eval-seen.jsonl $(foreach k,0 $(ITERATIONS),$(call folder,$k)/eval-seen.jsonl) $(EVALUATIONS) evaluate.py common.py
+$(R)/report.md: $(call evals,$(R)/base $(foreach k,0 $(ITERATIONS),$(call folder,$k))) $(EVALUATIONS) evaluate.py common.py
 	$(PYTHON) evaluate.py report $(R)
 
 report: ## report.md and its figures from the evaluations that RUN has, or one table of RUNS="a b"

@@ -73,14 +73,18 @@ STEP = {"thought": str, "action": str, "observation": str}
 CANDIDATES = {"key": str, "trajectory": str, "step": int, "samples": list, "actions": list, "flagged": bool}
 ROLLOUT = {"key": str, "candidate": str, "action": str, "source": str, "steps": list, "valid": bool,
            "reward": (int, float)}
-CRITIQUE = {"key": str, "candidate": str, "action": str, "critique": str}
-EPISODE = {"key": str, "env": str, "task": str, "split": str, "steps": list, "reward": (int, float), "end": str}
+CRITIQUE = {"key": str, "candidate": str, "action": str, "critique": str, "fallback": bool}
+EPISODE = {"key": str, "env": str, "task": str, "split": str, "instruction": str, "steps": list,
+           "reward": (int, float), "end": str, "tokens": int}
+CANDIDATE = {"action": str, "thought": str, "source": str}
+INNER = [(TRAJECTORY, "steps", STEP), (ROLLOUT, "steps", STEP), (CANDIDATES, "actions", CANDIDATE),
+         (EPISODE, "steps", STEP | {"text": str, "tokens": int})]  # (rows, their field, what it is a list of)
 
 
 def check_fields(row: object, fields: dict, where: str) -> None:
     """Raise UserError when `row` is not an object with all `fields` of the right type."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}; see the README's row formats")
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}; see `--help` of the stage that writes it")
     for name, kind in fields.items():
         if name not in row:
             raise UserError(f"{where}: field '{name}' is missing; was the file written by another stage?")
@@ -88,7 +92,7 @@ def check_fields(row: object, fields: dict, where: str) -> None:
             raise UserError(f"{where}: field '{name}' holds {row[name]!r:.60}, which is not of the right type")
 
 
-def read_rows(path: Path | str, fields: dict) -> list[dict]:
+def read_rows(path: Path | str, fields: dict, may_be_empty: bool = False) -> list[dict]:
     """Read a JSONL file of rows with the given fields. Errors name the file, the line and the field."""
     rows = []
     try:
@@ -101,17 +105,19 @@ def read_rows(path: Path | str, fields: dict) -> list[dict]:
                     raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); "
                                     "mend or delete the line") from None
                 check_fields(row, fields, where)
+                for rows_of, name, inner in INNER:
+                    if fields is rows_of:
+                        for t, item in enumerate(row[name], 1):
+                            check_fields(item, inner, f"{where}: {name.removesuffix('s')} {t}")
                 if fields is TRAJECTORY:
                     if row["env"].removesuffix("-practice") not in ENVIRONMENTS:
                         raise UserError(f"{where}: field 'env' names an {unknown_environment(row['env'])}")
-                    for t, step in enumerate(row["steps"], 1):
-                        check_fields(step, STEP, f"{where}: step {t}")
                 rows.append(row)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it first") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: line {len(rows) + 1} is not UTF-8 text; is this a JSONL file?") from None
-    if not rows:
+    if not rows and not may_be_empty:
         raise UserError(f"{path}: has no rows; run the stage that writes it again")
     repeated = first_repeated(row["key"] for row in rows)
     if repeated is not None:
@@ -155,25 +161,19 @@ class StageOutput:
                 output.write(row)
         output.finish(rows)            # the final rows, in order: OUT appears in one atomic step, OUT.part goes
 
-    The first line of OUT.part holds the fingerprint of settings and inputs: rows made with others are not mixed in.
+    The first line of OUT.part holds the fingerprint of settings and inputs: rows made with others are not mixed in. They
+    go when the first new row comes, so that a mistyped option costs nothing.
     """
 
     def __init__(self, path: Path | str, settings: dict, inputs: Iterable[Path | str]) -> None:
         self.path = Path(path)
         self.part = self.path.with_name(self.path.name + ".part")
-        self.header = {"fingerprint": fingerprint(settings, inputs)}
+        self.header = {"fingerprint": fingerprint(settings, [*inputs, sys.argv[0]])}  # an edited script counts too
         self.done: dict[str, dict] = {}
-        self.started = time.time()
+        self.file = None
 
     def __enter__(self) -> StageOutput:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = self._kept_rows()
-            write_rows(self.part, [self.header, *kept])
-            self.file = open(self.part, "a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{self.part}: cannot be written ({error.strerror}); "
-                            "name another --out or mend its folder") from None
+        kept = self._kept_rows()
         self.done = {row["key"]: row for row in kept}
         if kept:
             print(f"going on from {len(kept)} rows in {self.part}", file=sys.stderr)
@@ -190,17 +190,24 @@ class StageOutput:
         return rows[1:]
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            if self.file is None:
+                write_rows(self.part, [self.header, *self.done.values()])
+                self.file = open(self.part, "a", encoding="utf-8")
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.part}: cannot be written ({error.strerror}); "
+                            "name another --out or mend its folder") from None
         self.done[row["key"]] = row
 
     def finish(self, rows: Iterable[dict]) -> None:
         write_rows(self.path, rows)
-        self.file.close()
-        self.part.unlink()
+        self.part.unlink(missing_ok=True)
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def prompt_path(name: str) -> Path:
@@ -349,7 +356,8 @@ def is_deliberation(thought: str) -> bool:
 
 # What the base model writes in stages 3 and 4 is checked with these before it is learnt.
 
-LEAKS = re.compile(r"simulat|imagin|scratch|rollout|private|mental|expert|format|\binstructions?\b|final reward", re.IGNORECASE)
+LEAKS = re.compile(r"\b(?:simulat\w*|imagin\w*|scratch-?pads?|rollouts?|private(?:ly)?|experts?|formats?|instructions?|"
+                   r"final reward)\b", re.IGNORECASE)
 SENTENCE = re.compile(r"\S(?:[^.!?\n]|[.!?](?!\s|$))*[.!?]+(?=\s|$)")  # 0.5 does not end one
 
 
@@ -1006,6 +1014,8 @@ class ServerEngine:
         except openai.BadRequestError as error:
             if "context" in str(error).lower():
                 return [Output("", 0, "context")] * request["n"], 0
+            if request["extra_body"]:  # not a server of vLLM's: the checks have to do without the form
+                return self._complete(**request | {"extra_body": None})
             raise UserError(f"the server refused a request: {error}") from None
         except openai.APIError as error:
             raise UserError(f"the server failed for good after retries: {error}") from None
@@ -1080,6 +1090,9 @@ def generate_checked(engine, items: list[dict], request: Callable[[dict, int], t
 
     while queue:
         for (item, reasons), (output,) in generate(engine, requests(), max_live):
+            if output.finish == "context":
+                yield item, None, [*reasons, "prompt longer than the context"]
+                continue
             text, reason = check(item, output)
             if reason is None:
                 yield item, text, reasons
@@ -1121,6 +1134,13 @@ class Episode:
         self.steps.append({**turn, "observation": observation, "reward": self.reward})
         if self.end is None and len(self.steps) >= limit:
             self.end = "turn limit"
+
+
+def check_failures(episodes: list[Episode], whole: int) -> None:
+    """Raise UserError when environments failed for good; what was played is kept, the same command plays the rest."""
+    if episodes:
+        raise UserError(f"{len(episodes)} of {whole} episodes failed, the first, {episodes[0].key}, with "
+                        f"'{episodes[0].end}'; the others are kept, run the same command again for these")
 
 
 def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: dict, seed: int,
@@ -1230,7 +1250,7 @@ def finetune(args: argparse.Namespace) -> None:
     trajectories = read_rows(args.data, TRAJECTORY)
     check_model_folder(args.model)
     import torch
-    from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments,
+    from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments,
                               set_seed)
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
@@ -1242,20 +1262,25 @@ def finetune(args: argparse.Namespace) -> None:
     part = out.with_name(out.name + ".part")
     started = time.time()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        stored_as = AutoConfig.from_pretrained(args.model).dtype or torch.float32
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"transformers cannot load the model '{args.model}': {str(error).splitlines()[0]}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     chat = ChatFormat(tokenizer)
     sequences = []
+    cut = 0
     for row in trajectories:
         turns = dialogue(row["env"], row["instruction"], row["steps"])[:-1]  # nothing is learnt after the last action
         ids, labels = chat.encode_for_training(turns, args.max_model_len)
+        cut += len(ids) < len(chat.encode(turns))
         if ids:
             sequences.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
     if not sequences:
         raise UserError(f"{args.data}: no trajectory fits in {args.max_model_len} tokens; raise --max-model-len")
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    stored_as = getattr(model.config, "dtype", torch.float32)
     if args.lora_rank:
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
@@ -1275,7 +1300,8 @@ def finetune(args: argparse.Namespace) -> None:
     trainer.remove_callback(PrinterCallback)  # the losses go to training.json and the summary line
     main_process = trainer.is_world_process_zero()
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    mark = fingerprint(settings, [args.data, Path(args.model) / "training.json"])
+    prompts = {prompt_path(row["env"]) for row in trajectories}
+    mark = fingerprint(settings, [args.data, Path(args.model) / "training.json", *sorted(prompts)])
     if main_process:
         forget_other_training(part, mark)
     trainer.accelerator.wait_for_everyone()
@@ -1302,7 +1328,8 @@ def finetune(args: argparse.Namespace) -> None:
     shutil.rmtree(out, ignore_errors=True)
     os.replace(finished, out)
     shutil.rmtree(part)
-    print(f"{len(sequences)} trajectories ({tokens} tokens, {learnt} of them the agent's) x {args.epochs:g} epochs, "
+    print(f"{len(sequences)} trajectories ({tokens} tokens, {learnt} of them the agent's; {cut} cut at "
+          f"{args.max_model_len} tokens) x {args.epochs:g} epochs, "
           f"{trainer.state.global_step} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; {out}; "
           f"{duration(time.time() - started)}")
 
@@ -1314,6 +1341,9 @@ def forget_other_training(part: Path, mark: str) -> None:
         if any(part.glob("checkpoint-*")):
             print(f"{part}: starting afresh, its checkpoints were made with other settings or data", file=sys.stderr)
         shutil.rmtree(part)
+    for checkpoint in part.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").exists():  # written last: a kill came first
+            shutil.rmtree(checkpoint)
     part.mkdir(parents=True, exist_ok=True)
     marker.write_text(mark)
 

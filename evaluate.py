@@ -7,7 +7,7 @@
 
 `run` plays every test task once and writes OUT/eval-seen.jsonl and OUT/eval-unseen.jsonl, one episode a row with its
 whole transcript, and prints a line for each: average reward, reward a step and deliberation rate (section 6.3), tokens
-a task (section 6.5). --example puts an expert trajectory into the prompt, --best-of K plays K times at temperature 1.
+a task (section 6.5). --example puts an expert trajectory into the prompt; --best-of K --temperature 1 plays K times.
 
     {"key": "scienceworld/find-animal/225", "env": "scienceworld", "task": "...", "split": "unseen",
      "instruction": "...", "reward": 0.5, "end": "turn limit", "tokens": 211,
@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from common import (
@@ -43,6 +44,7 @@ from common import (
     StageOutput,
     UserError,
     add_engine_options,
+    check_failures,
     duration,
     environment_of,
     is_deliberation,
@@ -224,12 +226,16 @@ def run(args: argparse.Namespace) -> None:
                 if f"{split}/{task}/try{n}" not in outputs[split].done]
         if todo:
             pool = stack.enter_context(EnvironmentPool(args.env, min(args.max_live, len(todo))))
-            engine = make_engine(args)
+            engine, failed = make_engine(args), []
             sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens, "stop": ["\nObservation:"]}
             episodes = play(todo, engine, pool, sampling, args.seed, args.max_turns)
             for episode in progress(episodes, total=len(todo), desc="evaluate"):
                 split = episode.key.split("/")[0]
-                outputs[split].write(episode_row(episode, split))
+                if episode.end.startswith("failed"):
+                    failed.append(episode)
+                else:
+                    outputs[split].write(episode_row(episode, split))
+            check_failures(failed, len(todo))
         for split, output in outputs.items():
             rows = [best_of([output.done[f"{split}/{task}/try{n}"] for n in range(args.best_of)], task)
                     for task in tasks[split]]
@@ -264,6 +270,10 @@ def evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
         files = {split: folder / name / f"eval-{split}.jsonl" for split in TEST_SPLITS}
         if not any(file.exists() for file in files.values()):
             continue
+        stale = outdated(folder / name, folder)
+        if stale:
+            print(f"left out {label}: {stale}; `make` it again", file=sys.stderr)
+            continue
         models[label] = {split: read_rows(file, EPISODE) for split, file in files.items()}
         for split, file in files.items():
             other = first.setdefault(split, file)
@@ -276,6 +286,21 @@ def evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
         raise UserError(f"{folder}: has no evaluations (base/eval-seen.jsonl, iter0/eval-seen.jsonl, ...); "
                         "run `make all`")
     return models
+
+
+def outdated(model: Path, folder: Path) -> str | None:
+    """Why a model's evaluation is of an earlier run, told by its files' times: it is older than the model, or the model
+    is older than the one it was finetuned from. None where it is current, or where the models are not there."""
+    home = model.parent if model.name.startswith("best-of-") else model
+    if not re.fullmatch(r"iter\d+", home.name):
+        return None
+    before = int(home.name[4:]) - 1
+    policy = (home.parent if before > 0 else folder) / f"iter{before}" / "model" / "config.json"
+    files = [file for file in (policy, home / "model" / "config.json", model / "eval-unseen.jsonl") if file.exists()]
+    for older, newer in pairwise(files):
+        if newer.stat().st_mtime < older.stat().st_mtime:
+            return f"{newer} is older than {older}"
+    return None
 
 
 def rewards(splits: dict[str, list[dict]], split: str) -> list[float]:
@@ -331,7 +356,7 @@ def step_section(models: dict) -> list[str]:
 def band_rates(models: dict) -> dict[str, dict[str, list[float]]] | None:
     """Figure 4's data: {SAND-k: {band: deliberation rate of each unseen task}}; None where there are no bands."""
     bands = difficulty_bands(models["base"]["unseen"]) if "base" in models else None
-    if bands is None:
+    if bands is None or "SAND-1" not in models:
         return None
     return {name: {band: [deliberation_rate(row) for row in splits["unseen"] if row["task"] in tasks]
                    for band, tasks in bands.items()}
@@ -342,8 +367,8 @@ def band_section(models: dict) -> list[str]:
     lines = ["## Deliberation by difficulty (figure 4)", ""]
     rates = band_rates(models)
     if rates is None:
-        return [*lines, "Not drawn: the bands are tertiles of the base model's reward on the unseen split, and here ties "
-                "leave a band empty.", ""]
+        return [*lines, "Not drawn: the bands are tertiles of the base model's reward on the unseen split, and either ties "
+                "leave a band empty or the base or SAND-1 has not been evaluated.", ""]
     return [*lines, "![figure 4](figure4.png)", "", *table(
         ["model", "hard", "medium", "easy"],
         ([name, *(f"{mean(values):.2f} (n={len(values)})" for values in bands.values())]
@@ -404,7 +429,7 @@ def calibration_section(models: dict, folder: Path) -> list[str]:
               "No model deliberates.", ""]
     rows, spread = [], []
     for path in iteration_files(folder, "rollouts.jsonl"):
-        rollouts = read_rows(path, ROLLOUT)
+        rollouts = read_rows(path, ROLLOUT, may_be_empty=True)
         sampled = [row for row in rollouts if row["source"] == "sample"]
         groups = [[row["reward"] for row in sampled if is_deliberation(row["thought"]) == with_it]
                   for with_it in (True, False)]
@@ -436,7 +461,7 @@ def stage_section(folder: Path) -> list[str]:
         if not ((iteration / "candidates.jsonl").exists() and (iteration / "critiques.jsonl").exists()):
             continue
         candidates = read_rows(iteration / "candidates.jsonl", CANDIDATES)
-        critiques = read_rows(iteration / "critiques.jsonl", CRITIQUE)
+        critiques = read_rows(iteration / "critiques.jsonl", CRITIQUE, may_be_empty=True)
         steps = [step for row in read_rows(path, TRAJECTORY) for step in row["steps"]]
         rows.append([iteration.name, share(sum(row["flagged"] for row in candidates), len(candidates)),
                      share(sum(bool(row["fallback"]) for row in critiques), len(critiques)),

@@ -391,10 +391,10 @@ def published_task(row: dict, env: str) -> str:
     if not name:
         raise UserError("field 'id' or 'game_file' is missing")
     if env == "alfworld":
-        found = re.search(r"(train|valid_seen|valid_unseen)/([^/]+/[^/]+)", name)
+        found = re.search(r"train/([^/]+/[^/]+)", name)
         if not found:
-            raise UserError(f"'{name}' does not name a game like train/TASK/TRIAL/game.tw-pddl")
-        return f"alfworld/{found[1]}/{found[2]}"
+            raise UserError(f"'{name}' does not name a training game like train/TASK/TRIAL/game.tw-pddl")
+        return f"alfworld/train/{found[1]}"
     if name.isdigit() and int(name) < len(scienceworld_table()["train"]):
         return scienceworld_table()["train"][int(name)]
     if name in scienceworld_table()["train"]:
@@ -466,11 +466,21 @@ def expert_trajectory(env: str, task: str, turns: list[tuple[str, str]] | None, 
     return {"key": task, "row": row}
 
 
+def batched(items: list, size: int) -> list[list]:
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
 def collect(args: argparse.Namespace) -> None:
     """Write D_exp: the trajectories that reach the full reward, or all of the published ones with their real reward."""
     started = time.time()
     if args.published:
         work = read_published(args.published, args.env, args.skip_bad)
+        wanted = args.task_types.split(",") if args.task_types else {task_type(task) for task in work}
+        work = dict([(task, turns) for task, turns in work.items() if task_type(task) in wanted][:args.num_tasks])
+        longer = [task for task, turns in work.items() if len(turns) > turn_limit(task, args.max_turns)]
+        if longer:
+            print(f"left out {len(longer)} trajectories that are longer than the turn limit")
+            work = {task: turns for task, turns in work.items() if task not in set(longer)}
     else:
         work = dict.fromkeys(list_tasks(args.env, "train", args.task_types, args.num_tasks, args.seed))
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
@@ -479,12 +489,15 @@ def collect(args: argparse.Namespace) -> None:
         todo = [task for task in work if task not in output.done]
         context = multiprocessing.get_context("spawn")
         workers = max(1, min(args.workers, len(todo)))
-        # a fresh process now and then: the simulator that solves its own tasks keeps memory
-        with ProcessPoolExecutor(workers, context, max_tasks_per_child=25) as pool:
-            results = pool.map(expert_trajectory, repeat(args.env), todo, [work[task] for task in todo],
-                               repeat(args.max_turns), repeat(args.seed))
-            for result in progress(results, total=len(todo), desc="expert"):
-                output.write(result)
+        bar = progress(total=len(todo), desc="expert")
+        # Fresh processes now and then: the simulator that solves its own tasks keeps memory.
+        for part in batched(todo, 25 * workers):
+            with ProcessPoolExecutor(workers, context) as pool:
+                for result in pool.map(expert_trajectory, repeat(args.env), part, [work[task] for task in part],
+                                       repeat(args.max_turns), repeat(args.seed)):
+                    output.write(result)
+                    bar.update()
+        bar.close()
         rows = [output.done[task]["row"] for task in work if output.done[task]["row"]]
         if not rows:
             raise UserError(f"no expert trajectory reaches the full reward in {len(work)} tasks; "

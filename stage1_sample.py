@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 from common import (TRAJECTORY, StageOutput, add_engine_options, dialogue, duration, generate, make_engine, normalise,
                     parse_turn, progress, prompt_path, read_rows, run_stage, share, stable_seed)
@@ -56,7 +57,8 @@ def main() -> None:
     steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
     prompts = {prompt_path(row["env"]) for row in trajectories}
-    with StageOutput(args.out, settings, [args.trajectories, *sorted(prompts)]) as output:
+    inputs = [args.trajectories, Path(args.model) / "training.json", *sorted(prompts)]
+    with StageOutput(args.out, settings, inputs) as output:
         todo = [key for key in steps if key not in output.done]
         engine = make_engine(args) if todo else None
 

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 from common import (CANDIDATES, TRAJECTORY, EnvironmentPool, Episode, StageOutput, UserError, add_engine_options,
-                    duration, is_valid, make_engine, play, progress, prompt_path, read_rows, run_stage, share)
+                    check_failures, duration, is_valid, make_engine, play, progress, prompt_path, read_rows, run_stage, share)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,7 +68,9 @@ def main() -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
     prompts = {prompt_path(row["env"]) for row in trajectories.values()}
     strays = 0
-    with StageOutput(args.out, settings, [args.trajectories, args.candidates, *sorted(prompts)]) as output:
+    inputs = [args.trajectories, args.candidates, Path(args.model) / "training.json", *sorted(prompts)]
+    failed = []
+    with StageOutput(args.out, settings, inputs) as output:
         todo = []
         for key, (candidate, action, trajectory) in work.items():
             if key not in output.done:
@@ -83,10 +86,17 @@ def main() -> None:
                 for episode in progress(episodes, total=len(todo), desc="rollout"):
                     candidate, action, trajectory = work[episode.key]
                     t = candidate["step"]
+                    if episode.end.startswith("failed"):
+                        failed.append(episode)
+                        continue
+                    if len(episode.steps) < t:
+                        raise UserError(f"{args.trajectories}: '{trajectory['key']}' ended at step {len(episode.steps)} "
+                                        f"when it was replayed ({episode.end}); is --max-turns below its length?")
                     strays += any(mine["observation"] != theirs["observation"]
                                   for mine, theirs in zip(episode.steps[:t - 1], trajectory["steps"], strict=False))
                     output.write(rollout_row(episode.key, candidate, action, episode.steps[t - 1:], episode.reward,
                                              episode.end))
+        check_failures(failed, len(todo))
         rows = [output.done[key] for key in work]
         output.finish(rows)
     sampled = [row for row in rows if row["source"] == "sample"]

@@ -18,6 +18,7 @@ import argparse
 import re
 import time
 from collections import Counter
+from pathlib import Path
 
 from common import (ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies, duration, fill_dialogue,
                     first_sentences, generate_checked, leak_in, make_engine, normalise, progress, prompt_path, read_rows,
@@ -102,7 +103,7 @@ def main() -> None:
     args = parse_arguments()
     started = time.time()
     trajectories = {row["key"]: row for row in read_rows(args.trajectories, TRAJECTORY)}
-    rollouts = {row["key"]: row for row in read_rows(args.rollouts, ROLLOUT)}
+    rollouts = {row["key"]: row for row in read_rows(args.rollouts, ROLLOUT, may_be_empty=True)}
     for key, row in rollouts.items():
         row["trajectory"] = row["candidate"].rsplit("/step", 1)[0]
         if row["trajectory"] not in trajectories:
@@ -120,7 +121,8 @@ def main() -> None:
     def check(rollout: dict, output: Output) -> tuple[str, str | None]:
         return check_critique(rollout, prompt(rollout), output)
 
-    with StageOutput(args.out, settings, [args.trajectories, args.rollouts, prompt_path("critique")]) as output:
+    inputs = [args.trajectories, args.rollouts, prompt_path("critique"), Path(args.model) / "training.json"]
+    with StageOutput(args.out, settings, inputs) as output:
         todo = [row for key, row in rollouts.items() if key not in output.done]
         if todo:
             results = generate_checked(make_engine(args), todo, request, check, args.attempts, args.max_live)

@@ -23,6 +23,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 from common import (CANDIDATES, CRITIQUE, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies,
                     duration, fill_dialogue, generate_checked, leak_in, listed_candidates, literally, make_engine,
@@ -57,7 +58,8 @@ def switch_expert(trajectory: dict, rollouts: list[dict]) -> dict:
         return trajectory
     first = min(step_of(row["candidate"]) for row in better)
     best = max((row for row in better if step_of(row["candidate"]) == first), key=lambda row: row["reward"])
-    continuation = [step | {"deliberated": False} for step in best["steps"]]
+    # An output without an action changed nothing; it is not to be learnt.
+    continuation = [step | {"deliberated": False} for step in best["steps"] if step["action"]]
     return trajectory | {"steps": trajectory["steps"][:first - 1] + continuation, "reward": best["reward"],
                          "switched": {"step": first, "rollout": best["key"], "expert_reward": trajectory["reward"]}}
 
@@ -137,7 +139,7 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
 def grouped(path: str | None, fields: dict, group: Callable[[dict], str]) -> dict[str, list[dict]]:
     """The rows of a file by the group they belong to; nothing where there is no file."""
     groups: dict[str, list[dict]] = {}
-    for row in read_rows(path, fields) if path else ():
+    for row in read_rows(path, fields, may_be_empty=True) if path else ():
         groups.setdefault(group(row), []).append(row)
     return groups
 
@@ -150,10 +152,11 @@ def main() -> None:
     critiques = grouped(args.critiques, CRITIQUE, lambda row: row["candidate"])
     trajectories, plan = [], {}
     for row in read_rows(args.trajectories, TRAJECTORY):
+        row.pop("switched", None)  # the last iteration's
         if args.expert_switch:
             row = switch_expert(row, rollouts.get(row["key"], []))
         for step in row["steps"]:
-            step.pop("fallback", None)  # the last iteration's
+            step.pop("fallback", None)
         trajectories.append(row)
         for step in candidates.get(row["key"], []) if args.critiques else ():
             if step["flagged"] and len(critiques.get(step["key"], [])) != len(step["actions"]):
@@ -170,7 +173,8 @@ def main() -> None:
     def check(item: dict, output: Output) -> tuple[str, str | None]:
         return check_deliberation(item, deliberation_prompt(item, args), output)
 
-    files = (args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation"))
+    files = (args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation"),
+             Path(args.model) / "training.json")
     inputs = [file for file in files if file]
     with StageOutput(args.out, settings, inputs) as output:
         todo = [item for key, item in plan.items() if key not in output.done]

@@ -58,6 +58,11 @@ def test_a_critique_of_no_use_is_refused_with_the_reason(text, reason):
     assert judge(text)[1] == reason
 
 
+def test_ordinary_words_are_no_leak():
+    text = "The mug gives useful information for this experimental task."
+    assert judge(f"Action Evaluation: {text}") == (text, None)
+
+
 def test_praise_for_a_refused_action_contradicts_the_environment():
     assert judge(f"Action Evaluation: {GOOD}", valid=False)[1] == "contradicts the environment"
 

@@ -1,6 +1,7 @@
 """What a user can rely on in a report: the paper's measures on cases worked out by hand, and figures of that data."""
 
 import json
+import os
 
 import pytest
 
@@ -171,6 +172,19 @@ def test_evaluations_on_other_tasks_are_not_compared(finished):
     write(finished, "iter1", [1, 1])
     with pytest.raises(UserError, match="iter1/eval-seen.jsonl and .*base/eval-seen.jsonl were made on different tasks"):
         evaluations(finished)
+
+
+def test_an_evaluation_of_an_earlier_run_is_left_out_and_named(finished, capsys):
+    for n, model in enumerate(("iter0", "iter1", "iter1/best-of-5")):
+        write(finished, model, [0, 0, 0])
+        config = finished / model.removesuffix("/best-of-5") / "model" / "config.json"
+        config.parent.mkdir(exist_ok=True)
+        config.touch()
+        os.utime(config, (n, n))
+    assert list(evaluations(finished)) == ["base", "SFT", "SAND-1", "SAND-1, best of 5"]
+    os.utime(finished / "iter0" / "model" / "config.json", (9, 9))  # SFT was trained again
+    assert list(evaluations(finished)) == ["base", "SFT"]
+    assert "left out SAND-1: " in capsys.readouterr().err
 
 
 def test_half_an_evaluation_is_named(finished, tmp_path):

