@@ -472,6 +472,14 @@ def stage_section(folder: Path) -> list[str]:
          "training steps that deliberate"], rows)] if rows else []
 
 
+def source_section(models: dict, folder: Path) -> list[str]:
+    return ["## Where the numbers come from", "",
+            f"`python evaluate.py report {folder}` read the whole transcripts in eval-seen.jsonl and eval-unseen.jsonl of "
+            f"{len(models)} models ({', '.join(models)}), and each iteration's candidates.jsonl, rollouts.jsonl, "
+            "critiques.jsonl and deliberations.jsonl. `make -n` with the run's variables shows the commands that wrote "
+            "them.", ""]
+
+
 def report(folder: Path) -> None:
     models = evaluations(folder)
     env = next(iter(models.values()))["seen"][0]["env"]
@@ -479,8 +487,7 @@ def report(folder: Path) -> None:
     lines += reward_section(models, env) + stage_section(folder) + step_section(models) + band_section(models)
     lines += token_section(models) + type_section(models) + ending_section(models)
     lines += calibration_section(models, folder)
-    lines += [f"Made by `python evaluate.py report {folder}` from the eval-*.jsonl, candidates.jsonl, rollouts.jsonl, "
-              "critiques.jsonl and deliberations.jsonl in that folder; \"eval\" rows hold whole transcripts."]
+    lines += source_section(models, folder)
     figures = {"figure3": draw_steps(models), "success": draw_success(models)}
     rates = band_rates(models)
     if rates:
