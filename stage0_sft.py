@@ -385,6 +385,16 @@ def read_published(path: str, env: str, skip_bad: bool) -> dict[str, list[tuple[
     return readable
 
 
+def choose_published(trajectories: dict[str, list], args: argparse.Namespace) -> dict[str, list]:
+    """The trajectories that --task-types, --num-tasks and the turn limit leave."""
+    types = args.task_types.split(",") if args.task_types else [task_type(task) for task in trajectories]
+    chosen = [task for task in trajectories if task_type(task) in types][:args.num_tasks]
+    short = [task for task in chosen if len(trajectories[task]) <= turn_limit(task, args.max_turns)]
+    if len(short) < len(chosen):
+        print(f"left out {len(chosen) - len(short)} trajectories that are longer than the turn limit")
+    return {task: trajectories[task] for task in short}
+
+
 def published_task(row: dict, env: str) -> str:
     """The task id of a published row: the path of its game, or its place in the published train split."""
     name = str(row.get("game_file", row.get("id", ""))) if isinstance(row, dict) else ""
@@ -474,13 +484,7 @@ def collect(args: argparse.Namespace) -> None:
     """Write D_exp: the trajectories that reach the full reward, or all of the published ones with their real reward."""
     started = time.time()
     if args.published:
-        work = read_published(args.published, args.env, args.skip_bad)
-        wanted = args.task_types.split(",") if args.task_types else {task_type(task) for task in work}
-        work = dict([(task, turns) for task, turns in work.items() if task_type(task) in wanted][:args.num_tasks])
-        longer = [task for task, turns in work.items() if len(turns) > turn_limit(task, args.max_turns)]
-        if longer:
-            print(f"left out {len(longer)} trajectories that are longer than the turn limit")
-            work = {task: turns for task, turns in work.items() if task not in set(longer)}
+        work = choose_published(read_published(args.published, args.env, args.skip_bad), args)
     else:
         work = dict.fromkeys(list_tasks(args.env, "train", args.task_types, args.num_tasks, args.seed))
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
