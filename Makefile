@@ -32,13 +32,13 @@ LATER_EPOCHS ?= 1
 LEARNING_RATE ?= 2e-3
 BATCH ?= 1
 LORA_RANK ?= 16
-MAX_TOKENS ?= 224
+MAX_TOKENS ?= 192
 MAX_LIVE ?= 16
 SHOWN_STEPS ?= 2
 ifeq ($(ENV),scienceworld)
 TYPES ?= find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived
-TASKS ?= 10
-TEST_TASKS ?= 10
+TASKS ?= 8
+TEST_TASKS ?= 8
 MAX_TURNS ?= 8
 else
 TASKS ?= 6
