@@ -556,6 +556,7 @@ def draw_success(models: dict):
                 curve += [curve[-1]] * (longest - len(curve))
                 axis.step(range(1, longest + 1), curve, where="post", label=name)
         axis.set_title(split)
+        axis.set_ylim(-0.02, 1.02)
         axis.set_xlabel("turns")
     axes[0].set_ylabel("share of tasks solved by then")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
