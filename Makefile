@@ -151,6 +151,8 @@ $(eval $(call remember,$(R)/.uses/finetune1,$(EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/finetune,$(LATER_EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/evaluate,$(EVAL_OPTIONS)))
 
+evals = $(foreach f,$1,$f/eval-seen.jsonl $f/eval-unseen.jsonl)
+
 # ---- Stage 0: expert trajectories, SFT ----
 ifeq ($(filter iter,$(MAKECMDGOALS)),)
 $(R)/expert.jsonl: stage0_sft.py common.py $(TASK_TABLE) $(strip $(PUBLISHED)) $(R)/.uses/expert | $(READY)
@@ -159,12 +161,11 @@ $(R)/expert.jsonl: stage0_sft.py common.py $(TASK_TABLE) $(strip $(PUBLISHED)) $
 $(R)/iter0/model/config.json: $(R)/expert.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
 	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $(@D)
 
-$(R)/base/eval-seen.jsonl $(R)/base/eval-unseen.jsonl &: evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
+$(call evals,$(R)/base) &: evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
 	$(PYTHON) evaluate.py run --model $(MODEL) $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 endif
 
 # ---- Stages 1 to 5 of iteration K ----
-evals = $(foreach f,$1,$f/eval-seen.jsonl $f/eval-unseen.jsonl)
 before = $(shell expr $1 - 1)
 folder = $(if $(filter 0,$1),$(R),$(I))/iter$1
 policy = $(call folder,$(call before,$1))/model
@@ -187,7 +188,7 @@ $(call folder,$1)/model/config.json: $(call folder,$1)/deliberations.jsonl $(cal
 	$(LAUNCH) stage5_finetune.py --model $(call policy,$1) --data $$< --epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS)) $(TRAIN_OPTIONS) --out $$(@D)
 endef
 define evaluation
-$(call folder,$1)/eval-seen.jsonl $(call folder,$1)/eval-unseen.jsonl &: $(call folder,$1)/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
+$(call evals,$(call folder,$1)) &: $(call folder,$1)/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
 	$(PYTHON) evaluate.py run --model $(call folder,$1)/model $(EVAL_OPTIONS) $(ENGINE) --out $$(@D)
 endef
 
@@ -203,9 +204,9 @@ endif
 # ---- Baselines and the report ----
 baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K))) ## base with one example in its prompt, SFT's best of K tries
 
-$(R)/base-example/eval-seen.jsonl $(R)/base-example/eval-unseen.jsonl &: $(R)/expert.jsonl evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
+$(call evals,$(R)/base-example) &: $(R)/expert.jsonl evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
 	$(PYTHON) evaluate.py run --model $(MODEL) --example $< $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
-$(R)/iter0/best-of-$(strip $(K))/eval-seen.jsonl $(R)/iter0/best-of-$(strip $(K))/eval-unseen.jsonl &: $(R)/iter0/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
+$(call evals,$(R)/iter0/best-of-$(strip $(K))) &: $(R)/iter0/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
 	$(PYTHON) evaluate.py run --model $(R)/iter0/model --best-of $(strip $(K)) --temperature 1 $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 
 # Whatever else was evaluated in this run: baselines, variants.

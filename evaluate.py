@@ -324,7 +324,7 @@ def with_interval(splits: list[list[float]], sign: str = "") -> str:
     return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def reward_section(models: dict, env: str) -> list[str]:
+def reward_section(models: dict) -> list[str]:
     sizes = {split: len(next(iter(models.values()))[split]) for split in TEST_SPLITS}
     lines = ["## Average reward (tables 2 and 3)", "",
              "95 % bootstrap intervals over tasks; the difference to SFT is paired, on the same tasks.", ""]
@@ -335,13 +335,18 @@ def reward_section(models: dict, env: str) -> list[str]:
         rows.append([name, *(with_interval([rewards(splits, split)]) for split in TEST_SPLITS),
                      with_interval([rewards(splits, split) for split in TEST_SPLITS]), against])
     lines += table(["model", *(f"{split} (n={sizes[split]})" for split in TEST_SPLITS), "average", "against SFT"], rows)
-    columns = {"scienceworld": (1, 2), "alfworld": (3, 4)}.get(env)
-    if columns:
-        lines += ["<details><summary>The paper's own figures, quoted from its tables 2 and 3 (percent, all test "
-                  "tasks)</summary>", "",
-                  *table(["method", "seen", "unseen"], ([row[0], *(row[i] for i in columns)] for row in QUOTED)),
-                  "</details>", ""]
     return lines
+
+
+def quoted_section(env: str) -> list[str]:
+    """The paper's own figures; none for practice games, which are not what it measured."""
+    columns = {"scienceworld": (1, 2), "alfworld": (3, 4)}.get(env)
+    if not columns:
+        return []
+    return ["<details><summary>The paper's own figures, quoted from its tables 2 and 3 (percent, all test "
+            "tasks)</summary>", "",
+            *table(["method", "seen", "unseen"], ([row[0], *(row[i] for i in columns)] for row in QUOTED)),
+            "</details>", ""]
 
 
 def step_section(models: dict) -> list[str]:
@@ -363,9 +368,8 @@ def band_rates(models: dict) -> dict[str, dict[str, list[float]]] | None:
             for name, splits in models.items() if re.fullmatch(r"SAND-\d+", name)}
 
 
-def band_section(models: dict) -> list[str]:
+def band_section(rates: dict[str, dict[str, list[float]]] | None) -> list[str]:
     lines = ["## Deliberation by difficulty (figure 4)", ""]
-    rates = band_rates(models)
     if rates is None:
         return [*lines, "Not drawn: the bands are tertiles of the base model's reward on the unseen split, and either ties "
                 "leave a band empty or the base or SAND-1 has not been evaluated.", ""]
@@ -484,18 +488,18 @@ def report(folder: Path) -> None:
     models = evaluations(folder)
     env = next(iter(models.values()))["seen"][0]["env"]
     lines = [f"# {folder.name} ({env})", ""]
-    lines += reward_section(models, env) + stage_section(folder) + step_section(models) + band_section(models)
+    rewarded, counted, rates = reward_section(models), stage_section(folder), band_rates(models)
+    lines += rewarded + quoted_section(env) + counted + step_section(models) + band_section(rates)
     lines += token_section(models) + type_section(models) + ending_section(models)
     lines += calibration_section(models, folder)
     lines += source_section(models, folder)
     figures = {"figure3": draw_steps(models), "success": draw_success(models)}
-    rates = band_rates(models)
     if rates:
         figures["figure4"] = draw_bands(rates)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
     (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    print("\n".join(reward_section(models, "") + stage_section(folder)))
+    print("\n".join(rewarded + counted))
     print(f"{folder / 'report.md'} has more")
 
 
