@@ -29,11 +29,13 @@ import shutil
 import string
 import sys
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for_connections
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonlines
 from tqdm import tqdm
@@ -398,6 +400,7 @@ def repeats_itself(text: str) -> bool:
 # An environment has
 #     reset(task) -> instruction                     the {task} of its prompt
 #     step(action) -> (observation, reward, end)     reward so far in [0, 1]; end is None or the reason of the end
+#     branch(task, actions) -> (instruction, [what `step` gives for each action])
 #     close()
 # Tasks have readable ids that name the environment: scienceworld/find-animal/12, alfworld/valid_seen/.../trial_T...
 
@@ -469,6 +472,11 @@ class ScienceWorld:
 
     def reset(self, task: str) -> str:
         return self.load(task)
+
+    def branch(self, task: str, actions: list[str]) -> tuple[str, list[tuple]]:
+        """The simulator has neither copies nor a batch of steps: a branch is a load, which builds the world once (the stock
+        `reset` builds it again), and a step an action, each a call of 0.15 ms and the 10 ms that the simulator takes."""
+        return self.reset(task), [self.step(action) for action in actions]
 
     def step(self, action: str) -> tuple[str, float, str | None]:
         """The reward is the maximum of the raw scores so far; a wrong `focus` scores -1 and ends the episode."""
@@ -546,6 +554,40 @@ class AlfWorld:
         self._engine = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, facts=True)))
         self.state = None  # the engine's state after the last command: more than an agent may know
         self._put = ""
+        self._task = ""
+        self._line: list[tuple] = []  # the last branch: (action, its result, snapshot after it), the reset first
+
+    def branch(self, task: str, actions: list[str]) -> tuple[str, list[tuple]]:
+        """Bring the game of a task to where it is after `actions`; -> (first observation, the result of each action).
+
+        A branch of the same game as before goes on from a snapshot at the end of their longest common prefix, which takes
+        a millisecond; only what is new is played.
+        """
+        if task != self._task:
+            self._line = [("", self.reset(task), self._snapshot())]
+            self._task = task
+        shared = 1  # the reset
+        while shared < len(self._line) and [self._line[shared][0]] == actions[shared - 1:shared]:
+            shared += 1
+        del self._line[shared:]
+        self._restore(self._line[-1][2])
+        for action in actions[shared - 1:]:
+            self._line.append((action, self.step(action), self._snapshot()))
+        (_, instruction, _), *played = self._line
+        return instruction, [result for _, result, _ in played]
+
+    def _snapshot(self) -> tuple:
+        """What a game is made of: the planner's numbered state, its mirror in Python, and the last answer."""
+        engine = self._engine.unwrapped
+        return engine.downward_lib.get_state_id(), _mirror(engine._pddl_state), engine._moves, self.state
+
+    def _restore(self, snapshot: tuple) -> None:
+        """Back to a snapshot of the present game, any number of times."""
+        engine = self._engine.unwrapped
+        number, mirror, engine._moves, self.state = snapshot
+        engine.downward_lib.set_state_id(number)
+        vars(engine._pddl_state).update(vars(_mirror(mirror)))
+        engine.state = self.state
 
     def reset(self, task: str) -> str:
         """Start the game of this task id; the first observation names the receptacles and the task.
@@ -553,6 +595,7 @@ class AlfWorld:
         Raises UserError if there is no such game or the engine cannot read it.
         """
         path = _game_path(self.root, task)
+        self._task = ""  # the snapshots were of another play
         try:
             game = json.loads(path.read_text(encoding="utf-8"))
             # Only the grammar tells the dialects apart: it holds the very command the engine will accept.
@@ -589,6 +632,14 @@ class AlfWorld:
                 put = self._put.replace("{o}", "{0}").replace("{r}", "{1}")
                 return command.replace("{put}", put).format(*match.groups())
         return None
+
+
+def _mirror(state) -> SimpleNamespace:
+    """The parts of textworld's PddlState that change as a game is played, copied; its operators are never written to."""
+    facts, by_type = ({key: set(items) for key, items in part.items()} for part in (state._facts, state._vars_by_type))
+    return SimpleNamespace(
+        _facts=defaultdict(set, facts), _vars_by_type=defaultdict(set, by_type), _vars_by_name=dict(state._vars_by_name),
+        _var_counts=state._var_counts.copy(), _operators=state._operators)
 
 
 def alfworld_root() -> Path:
@@ -646,7 +697,7 @@ def _tune_engine() -> None:
     """
     import fast_downward
     from textworld.envs.pddl import textgen
-    from textworld.logic import Rule
+    from textworld.logic import Placeholder, Rule, Variable
     translate = fast_downward.pddl2sas
 
     @functools.lru_cache(maxsize=8)
@@ -663,7 +714,8 @@ def _tune_engine() -> None:
     # The engine writes into the symbols it gets: hand out copies.
     textgen._parse_and_convert = lambda text, **options: copy.deepcopy(parse_once(text, **options))
     Rule.parse_conjunctive_query = functools.lru_cache(maxsize=4096)(Rule.parse_conjunctive_query)
-
+    for value in (Variable, Placeholder):  # never written to; most of a step went into copying them
+        value.__deepcopy__ = lambda self, memo: self
 
 
 def make_environment(env: str):
@@ -727,9 +779,19 @@ def list_tasks(env: str, split: str, types: str | None, count: int | None, seed:
 # ----------------------------------------------------------------------------------------------------------------
 
 
+MEMORY_OF_A_WORKER = 1024  # MiB at which a worker makes room for a fresh one; ALFWorld's engine keeps 1 MiB a game
+
+
 def _environment_worker(connection, env: str) -> None:
-    """Serve ("start", task, actions) and ("step", action) until the parent hangs up."""
+    """Serve ("start", task, actions) and ("step", action) until the parent hangs up. Each answer ends with the MiB in use
+    by this process (ScienceWorld's Java has a limit of its own)."""
+    import resource
     import signal
+    mebibyte = 2 ** 20 if sys.platform == "darwin" else 2 ** 10  # in the units of ru_maxrss
+
+    def answer(*reply: object) -> None:
+        connection.send((*reply, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // mebibyte))
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     environment = None
     try:
@@ -739,15 +801,13 @@ def _environment_worker(connection, env: str) -> None:
                 if environment is None:
                     environment = make_environment(env)
                 if kind == "start":
-                    task, actions = rest
-                    instruction = environment.reset(task)
-                    connection.send(("started", instruction, [environment.step(action) for action in actions]))
+                    answer("started", *environment.branch(*rest))
                 else:
-                    connection.send(("stepped", environment.step(rest[0])))
+                    answer("stepped", environment.step(rest[0]))
             except UserError as error:
-                connection.send(("user error", str(error)))
+                answer("user error", str(error))
             except Exception as error:
-                connection.send(("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+                answer("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone or has closed the pool
     finally:
@@ -756,10 +816,12 @@ def _environment_worker(connection, env: str) -> None:
 
 
 class EnvironmentPool:
-    """`size` worker processes, each hosting one environment and playing one episode at a time."""
+    """`size` worker processes, each hosting one environment and playing one episode at a time. A worker whose memory has
+    grown beyond MEMORY_OF_A_WORKER is replaced before its next episode."""
 
     def __init__(self, env: str, size: int) -> None:
         self.env = env
+        self.memory: dict[int, int] = {}
         self.context = multiprocessing.get_context("spawn")  # a forked child would inherit the JVM's pipes and threads
         self.workers: dict[int, tuple] = {}
         for worker in range(size):
@@ -776,8 +838,11 @@ class EnvironmentPool:
         process.start()
         theirs.close()
         self.workers[worker] = (process, ours)
+        self.memory[worker] = 0
 
     def send(self, worker: int, *message: object) -> None:
+        if message[0] == "start" and self.memory[worker] > MEMORY_OF_A_WORKER:
+            self.restart(worker)
         try:
             self.workers[worker][1].send(message)
         except (BrokenPipeError, ConnectionResetError):
@@ -787,10 +852,12 @@ class EnvironmentPool:
         """(worker, reply) of every worker that has answered; waits up to `timeout` seconds for the first."""
         by_connection = {connection: worker for worker, (_, connection) in self.workers.items()}
         for connection in wait_for_connections(list(by_connection), timeout):
+            worker = by_connection[connection]
             try:
-                yield by_connection[connection], connection.recv()
+                *reply, self.memory[worker] = connection.recv()
             except (EOFError, ConnectionResetError):
-                yield by_connection[connection], ("failed", "the environment's process died")
+                reply = ("failed", "the environment's process died")
+            yield worker, tuple(reply)
 
     def close(self) -> None:
         for _, connection in self.workers.values():
@@ -813,10 +880,13 @@ class EnvironmentPool:
 
 @dataclass
 class Output:
-    """One sampled completion: its text, its number of tokens, and why it ended ("stop", "length" or "context")."""
+    """One sampled completion: its text, its number of tokens, and why it ended ("stop", "length" or "context").
+
+    ids are the tokens of the text, without the end of turn, where the engine tells and they spell just this text."""
     text: str
     tokens: int
     finish: str
+    ids: list[int] | None = None
 
 
 class ChatFormat:
@@ -837,26 +907,27 @@ class ChatFormat:
         self.before_first, rest = text.split(first)
         self.after_first, rest = rest.split(reply)
         self.after_reply, self.after_next = rest.split(following)
+        self._ids = functools.lru_cache(maxsize=10_000)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
         self.end_of_turn = self._ids(self.after_reply)[0]
-        self.cache: dict[str, list[int]] = {}
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def pieces(self, turns: list[str]) -> list[list[int]]:
-        """Token ids of each turn with the template's text around it; odd ones are exactly what the agent writes."""
+    def pieces(self, turns: list[str | list[int]]) -> list[list[int]]:
+        """Token ids of each turn with the template's text around it; odd ones are exactly what the agent writes, and may be
+        given as the ids that it wrote: there is more than one way to spell a text, and the cache knows only the one."""
         pieces = []
         for i, turn in enumerate(turns):
             if i == 0:
-                text = self.before_first + turn + self.after_first
+                pieces.append(self._ids(self.before_first + turn + self.after_first))
+            elif i % 2:
+                pieces.append(turn if isinstance(turn, list) else self._ids(turn))
             else:
-                text = turn if i % 2 else self.after_reply + turn + self.after_next
-            if text not in self.cache:
-                self.cache[text] = self._ids(text)
-            pieces.append(self.cache[text])
+                pieces.append(self._ids(self.after_reply + turn + self.after_next))
         return pieces
 
-    def encode(self, turns: list[str]) -> list[int]:
+    def spells(self, ids: list[int], text: str) -> bool:
+        """Whether the tokens are those of the text and nothing else: no end of turn, no stop string, no role marker."""
+        return self.tokenizer.decode(ids) == text
+
+    def encode(self, turns: list[str | list[int]]) -> list[int]:
         return [token for piece in self.pieces(turns) for token in piece]
 
     def encode_for_training(self, turns: list[str], longest: int) -> tuple[list[int], list[int]]:
@@ -920,13 +991,14 @@ class LocalEngine:
         options: dict = {}
         if current_platform.is_cpu():
             # Eager: compiling takes minutes. Whole prompts: with chunked ones vLLM 0.32 fails on a request that has a
-            # seed ("CPU Generator does not use offset").
+            # seed ("CPU Generator does not use offset"). Small blocks: only whole ones are found again in the prefix
+            # cache, and a turn is shorter than the default 128 tokens.
             options = {"enforce_eager": True, "dtype": "bfloat16" if bfloat16_is_fast() else "float32",
-                       "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len}
+                       "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len, "block_size": 32}
         try:
             self.engine = LLMEngine.from_engine_args(EngineArgs(
                 model=model, max_model_len=max_model_len, seed=seed, enable_prefix_caching=True,
-                use_tqdm_on_load=False, disable_log_stats=True, generation_config="vllm", **options))
+                use_tqdm_on_load=False, disable_log_stats=False, generation_config="vllm", **options))
         except (OSError, ValueError) as error:
             raise UserError(f"vLLM cannot load the model '{model}': {str(error).splitlines()[0]}") from None
         self.format = ChatFormat(self.engine.get_tokenizer())
@@ -957,17 +1029,31 @@ class LocalEngine:
             structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
             output_kind=RequestOutputKind.FINAL_ONLY))
 
+    def _output(self, completion) -> Output:
+        """vLLM's completion as ours."""
+        ended = completion.finish_reason == "stop" and completion.stop_reason is None  # with the end-of-turn token
+        ids = list(completion.token_ids[:-1] if ended else completion.token_ids)
+        return Output(completion.text, len(completion.token_ids), completion.finish_reason,
+                      ids if self.format.spells(ids, completion.text) else None)
+
     def poll(self) -> list[tuple[object, list[Output]]]:
         """Run one step of the engine; the requests that it finished, as (name, completions)."""
         finished, self.refused = self.refused, []
         if self.engine.has_unfinished_requests():
             for result in self.engine.step():
                 if result.finished:
-                    outputs = sorted(result.outputs, key=lambda output: output.index)
-                    self.tokens_out += sum(len(output.token_ids) for output in outputs)
-                    finished.append((self.names.pop(result.request_id), [
-                        Output(output.text, len(output.token_ids), output.finish_reason) for output in outputs]))
+                    outputs = [self._output(each) for each in sorted(result.outputs, key=lambda each: each.index)]
+                    self.tokens_out += sum(output.tokens for output in outputs)
+                    finished.append((self.names.pop(result.request_id), outputs))
         return finished
+
+    def usage(self) -> str:
+        """What was asked of the model so far; the hit rate is the share of prompt tokens, those of each of n samples
+        counted, that needed no computing."""
+        counted = {metric.name: metric.value for metric in self.engine.get_metrics() if "prefix_cache" in metric.name}
+        rate = counted["vllm:prefix_cache_hits"] / max(1, counted["vllm:prefix_cache_queries"])
+        return (f"{self.tokens_in} tokens of prompts in (prefix cache hit rate {100 * rate:.0f} %), "
+                f"{self.tokens_out} tokens out")
 
 
 class ServerEngine:
@@ -1033,6 +1119,9 @@ class ServerEngine:
             self.tokens_out += sum(output.tokens for output in outputs)
             finished.append((self.pending.pop(future), outputs))
         return finished
+
+    def usage(self) -> str:
+        return f"{self.tokens_in} tokens of prompts in, {self.tokens_out} tokens out"
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperature: float, max_tokens: int) -> None:
@@ -1125,9 +1214,17 @@ class Episode:
     example: dict | None = None  # a trajectory to show in the prompt
     instruction: str = ""
     steps: list[dict] = field(default_factory=list)
+    written: dict[int, list[int]] = field(default_factory=dict)  # token ids of the policy's turns, by step from 0
     reward: float = 0.0
     end: str | None = None
     failures: list[str] = field(default_factory=list)
+
+    def turns(self) -> list[str | list[int]]:
+        """The history, with the policy's turns as the tokens that it wrote, which are in the prefix cache."""
+        turns: list = dialogue(environment_of(self.task), self.instruction, self.steps, self.example)
+        for step, ids in self.written.items():
+            turns[2 * (step - len(self.steps))] = ids  # the last two turns are those of the last step
+        return turns
 
     def record(self, turn: dict, result: tuple[str, float, str | None], limit: int) -> None:
         observation, self.reward, self.end = result
@@ -1148,18 +1245,27 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
     """Play episodes to their ends, as many at a time as the pool has workers; yield each as it ends.
 
     No barrier: whenever an environment has answered, that episode's next prompt joins the running batch, and
-    environments step while the engine generates. An episode whose environment fails is replayed on a fresh worker,
-    three times at most; then it ends as "failed: ...".
+    environments step while the engine generates. The episodes of one task go to the same worker as long as there are
+    other tasks for the others: environments and the prefix cache then branch instead of starting anew. An episode whose
+    environment fails is replayed on a fresh worker, three times at most; then it ends as "failed: ...".
     """
-    waiting = iter(episodes)
+    waiting: dict[str, deque[Episode]] = {}
+    for episode in episodes:
+        waiting.setdefault(episode.task, deque()).append(episode)
+    untouched = iter(list(waiting))
+    task_of: dict[int, str] = {}  # the task that each worker plays
     live: dict[int, Episode] = {}
     executing: dict[int, dict] = {}  # the turn whose answer each worker owes
 
     def begin(worker: int) -> None:
-        episode = next(waiting, None)
-        if episode is not None:
-            live[worker] = episode
-            pool.send(worker, "start", episode.task, [step["action"] for step in episode.forced])
+        if task_of.get(worker) not in waiting:
+            task_of[worker] = next(untouched, "") or max(waiting, key=lambda task: len(waiting[task]), default="")
+        if not (task := task_of[worker]):
+            return
+        live[worker] = episode = waiting[task].popleft()
+        if not waiting[task]:
+            del waiting[task]
+        pool.send(worker, "start", task, [step["action"] for step in episode.forced])
 
     def replay(worker: int, reason: str) -> None:
         """Start the worker's episode again, on a fresh process, up to and with the action that failed."""
@@ -1195,8 +1301,7 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
         """Ask the policy for the next turn of a live episode; hand an ended one out and its worker on."""
         episode = live[worker]
         if episode.end is None:
-            turns = dialogue(environment_of(episode.task), episode.instruction, episode.steps, episode.example)
-            engine.submit(worker, turns, **sampling, seed=stable_seed(seed, episode.key, len(episode.steps)))
+            engine.submit(worker, episode.turns(), **sampling, seed=stable_seed(seed, episode.key, len(episode.steps)))
         else:
             del live[worker]
             begin(worker)
@@ -1213,7 +1318,9 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
                 live[worker].end = "context limit"
                 yield from go_on(worker)
             else:
-                executing[worker] = {**parse_turn(output.text), "tokens": output.tokens}
+                turn = executing[worker] = {**parse_turn(output.text), "tokens": output.tokens}
+                if output.ids and turn["text"] == output.text:
+                    live[worker].written[len(live[worker].steps)] = output.ids
                 pool.send(worker, "step", executing[worker]["action"])
 
 
@@ -1238,6 +1345,18 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
     group.add_argument("--max-model-len", type=int, default=8192, help="longest sequence in tokens; steps beyond it are "
                        "left out; default: %(default)s")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def learnt_batch(batch: dict) -> dict:
+    """Have the model compute logits only where the agent's tokens are predicted, a tenth to a third of a trajectory.
+
+    batch: tensors of shape (sequences, tokens), labels of -100 where nothing is learnt. Added are the K positions before a
+    learnt token of any sequence, logits_to_keep, and the tokens that follow there, shift_labels of shape (sequences, K):
+    both are transformers' own terms.
+    """
+    following = batch["labels"][:, 1:]
+    positions = (following != -100).any(dim=0).nonzero().squeeze(1)
+    return batch | {"shift_labels": following[:, positions], "logits_to_keep": positions}
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -1288,15 +1407,16 @@ def finetune(args: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available()
     devices = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = max(1, args.batch_size // (args.micro_batch_size * devices))
-    trainer = Trainer(
-        model=model, train_dataset=sequences, data_collator=DataCollatorForSeq2Seq(tokenizer),
-        args=TrainingArguments(
-            output_dir=str(part), num_train_epochs=args.epochs, learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine", per_device_train_batch_size=args.micro_batch_size,
-            gradient_accumulation_steps=accumulation, gradient_checkpointing=on_gpu, bf16=bfloat16_is_fast(),
-            use_cpu=not on_gpu, train_sampling_strategy="group_by_length", logging_steps=1, save_strategy="epoch",
-            save_total_limit=1, seed=args.seed, report_to="none", disable_tqdm=not sys.stderr.isatty(),
-            dataloader_pin_memory=on_gpu))
+    pad = DataCollatorForSeq2Seq(tokenizer)
+    arguments = TrainingArguments(
+        output_dir=str(part), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
+        per_device_train_batch_size=args.micro_batch_size, gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=on_gpu, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
+        train_sampling_strategy="group_by_length", logging_steps=1, save_strategy="epoch", save_total_limit=1,
+        seed=args.seed, report_to="none", disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=on_gpu)
+    arguments._n_gpu = min(1, arguments.n_gpu)  # a process trains on one device; accelerate starts one for each
+    trainer = Trainer(model=model, train_dataset=sequences, data_collator=lambda rows: learnt_batch({**pad(rows)}),
+                      args=arguments)
     trainer.remove_callback(PrinterCallback)  # the losses go to training.json and the summary line
     main_process = trainer.is_world_process_zero()
     settings = {name: value for name, value in vars(args).items() if name != "out"}

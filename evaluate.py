@@ -241,7 +241,7 @@ def run(args: argparse.Namespace) -> None:
                     for task in tasks[split]]
             output.finish(rows)
             print(f"{split}: {summary(rows)}; {output.path}")
-    spent = f"; {engine.tokens_in} tokens of prompts in, {engine.tokens_out} tokens out" if todo else ""
+    spent = f"; {engine.usage()}" if todo else ""
     print(f"{sum(map(len, tasks.values()))} tasks in {duration(time.time() - started)}{spent}")
 
 

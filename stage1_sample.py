@@ -60,7 +60,7 @@ def main() -> None:
     inputs = [args.trajectories, Path(args.model) / "training.json", *sorted(prompts)]
     with StageOutput(args.out, settings, inputs) as output:
         todo = [key for key in steps if key not in output.done]
-        engine = make_engine(args) if todo else None
+        engine = make_engine(args) if todo else None  # steps in order: each finds its history in the prefix cache
 
         def requests():
             for key in todo:
@@ -76,6 +76,8 @@ def main() -> None:
             actions = distinct_actions(row["steps"][t - 1], samples)
             output.write({"key": key, "trajectory": row["key"], "step": t, "samples": samples, "actions": actions,
                           "flagged": is_flagged(actions, samples)})
+        if todo:
+            print(engine.usage())
         rows = [output.done[key] for key in steps]
         output.finish(rows)
     flagged = [row for row in rows if row["flagged"]]

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 from common import (CANDIDATES, TRAJECTORY, EnvironmentPool, Episode, StageOutput, UserError, add_engine_options,
-                    check_failures, duration, is_valid, make_engine, play, progress, prompt_path, read_rows, run_stage, share)
+                    agent_turn, check_failures, duration, is_valid, make_engine, normalise, play, progress, prompt_path,
+                    read_rows, run_stage, share)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,6 +47,12 @@ def branch(key: str, candidate: dict, action: dict, trajectory: dict) -> Episode
     return Episode(key, trajectory["task"], forced=[*prefix, sampled])
 
 
+def determined_by(candidate: dict, action: dict, trajectory: dict) -> tuple:
+    """What a rollout depends on: the task, h_{t-1} and a^_t. Several experts of one task share their first steps."""
+    prefix = trajectory["steps"][:candidate["step"] - 1]
+    return trajectory["task"], *map(agent_turn, prefix), normalise(action["action"])
+
+
 def rollout_row(key: str, candidate: dict, action: dict, steps: list[dict], reward: float, end: str) -> dict:
     return {"key": key, "candidate": candidate["key"], "action": action["action"], "thought": action["thought"],
             "source": action["source"], "valid": is_valid(steps[0]["observation"]), "reward": reward, "end": end,
@@ -69,20 +76,27 @@ def main() -> None:
     prompts = {prompt_path(row["env"]) for row in trajectories.values()}
     strays = 0
     inputs = [args.trajectories, args.candidates, Path(args.model) / "training.json", *sorted(prompts)]
-    failed = []
+    failed, first, again = [], {}, {}  # again: {key of a rollout: key of the earlier one that determines it}
     with StageOutput(args.out, settings, inputs) as output:
         todo = []
         for key, (candidate, action, trajectory) in work.items():
-            if key not in output.done:
-                if action["source"] == "expert":
+            if action["source"] == "expert":
+                if key not in output.done:
                     output.write(expert_rollout(key, candidate, action, trajectory))
-                else:
-                    todo.append(branch(key, candidate, action, trajectory))
+                continue
+            earlier = first.setdefault(determined_by(candidate, action, trajectory), key)
+            if key in output.done:
+                continue
+            if earlier == key:
+                todo.append(branch(key, candidate, action, trajectory))
+            else:
+                again[key] = earlier
         if todo:
             environments = {row["env"] for row in trajectories.values()}
             with EnvironmentPool(environments.pop(), min(args.max_live, len(todo))) as pool:
                 sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens, "stop": ["\nObservation:"]}
-                episodes = play(todo, make_engine(args), pool, sampling, args.seed, args.max_turns)
+                engine = make_engine(args)
+                episodes = play(todo, engine, pool, sampling, args.seed, args.max_turns)
                 for episode in progress(episodes, total=len(todo), desc="rollout"):
                     candidate, action, trajectory = work[episode.key]
                     t = candidate["step"]
@@ -96,7 +110,10 @@ def main() -> None:
                                   for mine, theirs in zip(episode.steps[:t - 1], trajectory["steps"], strict=False))
                     output.write(rollout_row(episode.key, candidate, action, episode.steps[t - 1:], episode.reward,
                                              episode.end))
+                print(engine.usage())
         check_failures(failed, len(todo))
+        for key, earlier in again.items():
+            output.write(output.done[earlier] | {"key": key, "candidate": work[key][0]["key"]})
         rows = [output.done[key] for key in work]
         output.finish(rows)
     sampled = [row for row in rows if row["source"] == "sample"]

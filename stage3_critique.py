@@ -125,11 +125,13 @@ def main() -> None:
     with StageOutput(args.out, settings, inputs) as output:
         todo = [row for key, row in rollouts.items() if key not in output.done]
         if todo:
-            results = generate_checked(make_engine(args), todo, request, check, args.attempts, args.max_live)
+            engine = make_engine(args)
+            results = generate_checked(engine, todo, request, check, args.attempts, args.max_live)
             for rollout, text, refused in progress(results, total=len(todo), desc="critique"):
                 output.write({"key": rollout["key"], "candidate": rollout["candidate"], "action": rollout["action"],
                               "critique": text or factual_critique(rollout), "fallback": text is None,
                               "refused": refused})
+            print(engine.usage())
         rows = [output.done[key] for key in rollouts]
         output.finish(rows)
     fallbacks = sum(row["fallback"] for row in rows)

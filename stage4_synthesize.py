@@ -179,9 +179,11 @@ def main() -> None:
     with StageOutput(args.out, settings, inputs) as output:
         todo = [item for key, item in plan.items() if key not in output.done]
         if todo:
-            results = generate_checked(make_engine(args), todo, request, check, args.attempts, args.max_live)
+            engine = make_engine(args)
+            results = generate_checked(engine, todo, request, check, args.attempts, args.max_live)
             for item, thought, refused in progress(results, total=len(todo), desc="synthesize"):
                 output.write({"key": item["key"], "thought": thought, "refused": refused})
+            print(engine.usage())
         for key, item in plan.items():
             step = item["trajectory"]["steps"][item["step"] - 1]
             written = output.done[key]
