@@ -89,7 +89,7 @@ READY := $(VENV)/ready
 ENV_PROMPTS := prompts/$(strip $(ENV)).txt
 TASK_TABLE := $(if $(filter scienceworld,$(ENV)),prompts/scienceworld_tasks.txt)
 
-.PHONY: all iter baselines report test help venv data games clean FORCE
+.PHONY: all iter baselines report test bench help venv data games clean FORCE
 
 all: $(R)/report.md ## all iterations and evaluations, then report.md with its table of average rewards
 iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-unseen.jsonl ## only iteration ITER, only its stale stages
@@ -224,6 +224,9 @@ endif
 # ---- Tests ----
 test: $(READY) $(PACKAGED)/config.json ## the tests, all of them, set-up included
 	$(PYTHON) -m pytest -q tests $(PYTEST)
+
+bench: $(BASE) ## what the speed rests on, against the ways it replaces; 20 minutes on two cores
+	$(PYTHON) tests/bench.py --model $(MODEL) --out runs/bench.json $(BENCH)
 
 clean: ## remove this run's results
 	rm -rf $(R)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 import hashlib
 import importlib.resources
 import json
@@ -444,8 +445,7 @@ class ScienceWorld:
     directly: the stock `step` also lists every valid action, which takes most of its time and draws random numbers.
     """
 
-    JAVA_OPTIONS = ("-XX:+UnlockExperimentalVMOptions -XX:hashCode=2 -XX:+UseSerialGC -XX:TieredStopAtLevel=1 "
-                    "-Xmx512m")
+    JAVA_OPTIONS = "-XX:+UnlockExperimentalVMOptions -XX:hashCode=2 -XX:+UseSerialGC -Xmx512m"
 
     def __init__(self) -> None:
         os.environ["PATH"] = f"{java_folder()}{os.pathsep}{os.environ['PATH']}"
@@ -552,6 +552,7 @@ class AlfWorld:
         _tune_engine()
         self.root = root
         self._engine = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, facts=True)))
+        self._engine.unwrapped.downward_lib.load_sas_replan = lambda sas: None  # for a planner that nobody asks here
         self.state = None  # the engine's state after the last command: more than an agent may know
         self._put = ""
         self._task = ""
@@ -703,9 +704,11 @@ def _tune_engine() -> None:
     @functools.lru_cache(maxsize=8)
     def translate_once(domain: str, problem: str):
         argv, stdout = sys.argv, sys.stdout  # translate() overwrites both
+        gc.disable()  # it makes a great many objects that stay: looking for garbage takes a third of its time
         try:
             return translate(domain, problem)
         finally:
+            gc.enable()
             sys.argv, sys.stdout = argv, stdout
 
     # The second translation of each pair (optimize=True) serves the engine's planner, which nobody asks here.
@@ -785,12 +788,13 @@ MEMORY_OF_A_WORKER = 1024  # MiB at which a worker makes room for a fresh one; A
 def _environment_worker(connection, env: str) -> None:
     """Serve ("start", task, actions) and ("step", action) until the parent hangs up. Each answer ends with the MiB in use
     by this process (ScienceWorld's Java has a limit of its own)."""
-    import resource
     import signal
-    mebibyte = 2 ** 20 if sys.platform == "darwin" else 2 ** 10  # in the units of ru_maxrss
+
+    import psutil
+    memory = psutil.Process().memory_info  # not getrusage: its maximum begins with that of the parent
 
     def answer(*reply: object) -> None:
-        connection.send((*reply, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // mebibyte))
+        connection.send((*reply, memory().rss >> 20))
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     environment = None
@@ -1359,6 +1363,44 @@ def learnt_batch(batch: dict) -> dict:
     return batch | {"shift_labels": following[:, positions], "logits_to_keep": positions}
 
 
+def training_sequences(rows: list[dict], chat: ChatFormat, longest: int) -> tuple[list[dict], int]:
+    """One sequence of at most `longest` tokens a trajectory, all its turns in it; and how many had to be cut."""
+    sequences, cut = [], 0
+    for row in rows:
+        turns = dialogue(row["env"], row["instruction"], row["steps"])[:-1]  # nothing is learnt after the last action
+        ids, labels = chat.encode_for_training(turns, longest)
+        cut += len(ids) < len(chat.encode(turns))
+        if ids:
+            sequences.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
+    return sequences, cut
+
+
+def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespace, folder: Path):
+    """transformers' Trainer for the options of `add_training_options`; it keeps its checkpoints in `folder`."""
+    import torch
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
+                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
+    on_gpu = torch.cuda.is_available()
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    arguments = TrainingArguments(
+        output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
+        per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=max(1, args.batch_size // (args.micro_batch_size * devices)),
+        gradient_checkpointing=on_gpu, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
+        train_sampling_strategy="group_by_length", logging_steps=1, save_strategy="epoch", save_total_limit=1,
+        seed=args.seed, report_to="none", disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=on_gpu)
+    arguments._n_gpu = min(1, arguments.n_gpu)  # a process trains on one device; accelerate starts one for each
+    pad = DataCollatorForSeq2Seq(tokenizer)
+    trainer = Trainer(model=model, train_dataset=sequences, args=arguments,
+                      data_collator=lambda rows: learnt_batch({**pad(rows)}))
+    trainer.remove_callback(PrinterCallback)  # the losses go to training.json and the summary line
+    return trainer
+
+
 def finetune(args: argparse.Namespace) -> None:
     """Finetune args.model on the trajectories of args.data; write a plain checkpoint to args.out.
 
@@ -1369,9 +1411,7 @@ def finetune(args: argparse.Namespace) -> None:
     trajectories = read_rows(args.data, TRAJECTORY)
     check_model_folder(args.model)
     import torch
-    from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments,
-                              set_seed)
-    from transformers.trainer_callback import PrinterCallback
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging
     logging.set_verbosity_error()
@@ -1388,36 +1428,10 @@ def finetune(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"transformers cannot load the model '{args.model}': {str(error).splitlines()[0]}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    chat = ChatFormat(tokenizer)
-    sequences = []
-    cut = 0
-    for row in trajectories:
-        turns = dialogue(row["env"], row["instruction"], row["steps"])[:-1]  # nothing is learnt after the last action
-        ids, labels = chat.encode_for_training(turns, args.max_model_len)
-        cut += len(ids) < len(chat.encode(turns))
-        if ids:
-            sequences.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
+    sequences, cut = training_sequences(trajectories, ChatFormat(tokenizer), args.max_model_len)
     if not sequences:
         raise UserError(f"{args.data}: no trajectory fits in {args.max_model_len} tokens; raise --max-model-len")
-
-    if args.lora_rank:
-        from peft import LoraConfig, get_peft_model
-        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
-                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
-    on_gpu = torch.cuda.is_available()
-    devices = int(os.environ.get("WORLD_SIZE", 1))
-    accumulation = max(1, args.batch_size // (args.micro_batch_size * devices))
-    pad = DataCollatorForSeq2Seq(tokenizer)
-    arguments = TrainingArguments(
-        output_dir=str(part), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
-        per_device_train_batch_size=args.micro_batch_size, gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=on_gpu, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
-        train_sampling_strategy="group_by_length", logging_steps=1, save_strategy="epoch", save_total_limit=1,
-        seed=args.seed, report_to="none", disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=on_gpu)
-    arguments._n_gpu = min(1, arguments.n_gpu)  # a process trains on one device; accelerate starts one for each
-    trainer = Trainer(model=model, train_dataset=sequences, data_collator=lambda rows: learnt_batch({**pad(rows)}),
-                      args=arguments)
-    trainer.remove_callback(PrinterCallback)  # the losses go to training.json and the summary line
+    trainer = make_trainer(model, tokenizer, sequences, args, part)
     main_process = trainer.is_world_process_zero()
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     prompts = {prompt_path(row["env"]) for row in trajectories}
@@ -1430,9 +1444,8 @@ def finetune(args: argparse.Namespace) -> None:
         print(f"going on from {checkpoint}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    if args.lora_rank:
-        model = model.merge_and_unload()
-    trainer.model = model.to(stored_as) if devices == 1 else model
+    model = trainer.model.merge_and_unload() if args.lora_rank else trainer.model
+    trainer.model = model if trainer.args.world_size > 1 else model.to(stored_as)
     finished = part / "finished"
     trainer.save_model(str(finished))
     if not main_process:

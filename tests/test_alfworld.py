@@ -2,6 +2,7 @@
 import json
 import random
 import re
+import subprocess
 import sys
 
 import pytest
@@ -111,6 +112,50 @@ def test_nonsense_changes_nothing_and_does_not_end_the_game(action, placed, newe
     disturbed = play(env, task, [command for each in actions for command in (action, each)])
     assert disturbed[1::2] == [("Nothing happens.", 0.0, None)] * len(actions)
     assert [disturbed[0], *disturbed[2::2]] == plain
+
+
+def test_a_branch_is_the_game_as_if_it_had_been_played_so_far(placed, newer):
+    """Whatever was played on the branches before, and on other games."""
+    task, actions = placed
+    other, = games_of("pick_two_obj_and_place", newer)[:1]
+    first, *results = play(AlfWorld(newer), task, actions)
+    env = AlfWorld(newer)
+    for t in (3, len(actions), 0, 5, 5, len(actions) - 1, 1):
+        assert env.branch(task, actions[:t]) == (first, results[:t])
+        assert [env.step(action) for action in actions[t:]] == results[t:]
+        if t % 2:
+            env.branch(other, ["inventory"])
+            env.branch(task, ["go to nowhere 1", *actions[:2]])
+
+
+STOCK = """
+import json, sys, textworld
+from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+from textworld.envs.pddl import PddlEnv
+env = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True)))
+for game, commands in json.load(sys.stdin):
+    env.load(game)
+    states = [env.reset(), *(env.step(command)[0] for command in commands)]
+    print(json.dumps([[state.feedback, state.admissible_commands, state.won] for state in states]))
+"""
+
+
+def test_games_are_played_as_in_the_stock_engine(newer):
+    """Random walks in one game of each type, by what the engine says, would admit, and takes for won."""
+    env, walks = AlfWorld(newer), []
+    for task in (games_of(kind, newer)[0] for kind in TYPES):
+        draw, commands = random.Random(task), []
+        env.reset(task)
+        states = [env.state]
+        for _ in range(12):
+            commands.append(draw.choice(env.state["admissible_commands"]))
+            states.append(env._engine.step(commands[-1])[0])
+            env.state = states[-1]
+        ours = [[state.feedback, state["admissible_commands"], state.won] for state in states]
+        walks.append((task, commands, ours))
+    games = [(f"{newer}/json_2.1.1/{task.removeprefix('alfworld/')}/game.tw-pddl", commands) for task, commands, _ in walks]
+    stock = subprocess.run([sys.executable, "-c", STOCK], input=json.dumps(games), text=True, capture_output=True, check=True)
+    assert [json.loads(line) for line in stock.stdout.splitlines()] == [ours for _, _, ours in walks]
 
 
 def test_a_won_game_stays_won_whatever_is_said_next(placed, newer):

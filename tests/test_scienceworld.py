@@ -49,6 +49,14 @@ class Silent:
     busy = False
 
 
+def test_a_branch_is_the_episode_as_if_it_had_been_played_so_far(env, expert):
+    actions = [step["action"] for step in expert["steps"]]
+    for t in (2, len(actions), 0, 1):
+        instruction, results = env.branch(TASK, actions[:t])
+        assert instruction == expert["instruction"]
+        assert [observation for observation, _, _ in results] == [step["observation"] for step in expert["steps"][:t]]
+
+
 def test_wrong_focus_ends_the_episode_and_keeps_the_reward(env):
     env.reset("scienceworld/find-animal/0")
     env.step("teleport to kitchen")
