@@ -36,7 +36,6 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for_connections
 from pathlib import Path
-from types import SimpleNamespace
 
 import jsonlines
 from tqdm import tqdm
@@ -568,7 +567,9 @@ class AlfWorld:
             self._line = [("", self.reset(task), self._snapshot())]
             self._task = task
         shared = 1  # the reset
-        while shared < len(self._line) and [self._line[shared][0]] == actions[shared - 1:shared]:
+        for (before, _, _), action in zip(self._line[1:], actions):
+            if before != action:
+                break
             shared += 1
         del self._line[shared:]
         self._restore(self._line[-1][2])
@@ -580,14 +581,14 @@ class AlfWorld:
     def _snapshot(self) -> tuple:
         """What a game is made of: the planner's numbered state, its mirror in Python, and the last answer."""
         engine = self._engine.unwrapped
-        return engine.downward_lib.get_state_id(), _mirror(engine._pddl_state), engine._moves, self.state
+        return engine.downward_lib.get_state_id(), _mirror(vars(engine._pddl_state)), engine._moves, self.state
 
     def _restore(self, snapshot: tuple) -> None:
         """Back to a snapshot of the present game, any number of times."""
         engine = self._engine.unwrapped
         number, mirror, engine._moves, self.state = snapshot
         engine.downward_lib.set_state_id(number)
-        vars(engine._pddl_state).update(vars(_mirror(mirror)))
+        vars(engine._pddl_state).update(_mirror(mirror))
         engine.state = self.state
 
     def reset(self, task: str) -> str:
@@ -595,7 +596,7 @@ class AlfWorld:
 
         Raises UserError if there is no such game or the engine cannot read it.
         """
-        path = _game_path(self.root, task)
+        path = game_path(self.root, task)
         self._task = ""  # the snapshots were of another play
         try:
             game = json.loads(path.read_text(encoding="utf-8"))
@@ -635,12 +636,11 @@ class AlfWorld:
         return None
 
 
-def _mirror(state) -> SimpleNamespace:
-    """The parts of textworld's PddlState that change as a game is played, copied; its operators are never written to."""
-    facts, by_type = ({key: set(items) for key, items in part.items()} for part in (state._facts, state._vars_by_type))
-    return SimpleNamespace(
-        _facts=defaultdict(set, facts), _vars_by_type=defaultdict(set, by_type), _vars_by_name=dict(state._vars_by_name),
-        _var_counts=state._var_counts.copy(), _operators=state._operators)
+def _mirror(state: dict) -> dict:
+    """The attributes of textworld's PddlState that change as a game is played, copied; its operators are never written to."""
+    sets = {name: defaultdict(set, {key: set(items) for key, items in state[name].items()})
+            for name in ("_facts", "_vars_by_type")}
+    return sets | {name: state[name].copy() for name in ("_vars_by_name", "_var_counts")} | {"_operators": state["_operators"]}
 
 
 def alfworld_root() -> Path:
@@ -668,7 +668,7 @@ def alfworld_tasks(split: str, root: Path) -> list[str]:
     return tasks
 
 
-def _game_path(root: Path, task: str) -> Path:
+def game_path(root: Path, task: str) -> Path:
     """The file of a task's game. The engine runs code in it: no id may lead out of the games' folder."""
     if not re.fullmatch(r"alfworld/[\w-]+/[\w-]+/[\w-]+", task):
         raise UserError(f"{task!r} is no ALFWorld task id; they look like alfworld/train/<task>/<trial>")
@@ -1193,6 +1193,11 @@ def generate_checked(engine, items: list[dict], request: Callable[[dict, int], t
                 queue.append((item, [*reasons, reason]))
             else:
                 yield item, None, [*reasons, reason]
+
+
+def turn_sampling(temperature: float, max_tokens: int) -> dict:
+    """Sampling options of the policy: its turn ends where it would go on to imagine the observation."""
+    return {"temperature": temperature, "max_tokens": max_tokens, "stop": ["\nObservation:"]}
 
 
 def retry_sampling(args: argparse.Namespace, key: str, attempt: int) -> dict:

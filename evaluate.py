@@ -60,6 +60,7 @@ from common import (
     run_stage,
     share,
     task_type,
+    turn_sampling,
 )
 
 TEST_SPLITS = ("seen", "unseen")
@@ -227,7 +228,7 @@ def run(args: argparse.Namespace) -> None:
         if todo:
             pool = stack.enter_context(EnvironmentPool(args.env, min(args.max_live, len(todo))))
             engine, failed = make_engine(args), []
-            sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens, "stop": ["\nObservation:"]}
+            sampling = turn_sampling(args.temperature, args.max_tokens)
             episodes = play(todo, engine, pool, sampling, args.seed, args.max_turns)
             for episode in progress(episodes, total=len(todo), desc="evaluate"):
                 split = episode.key.split("/")[0]

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 from common import (TRAJECTORY, StageOutput, add_engine_options, dialogue, duration, generate, make_engine, normalise,
-                    parse_turn, progress, prompt_path, read_rows, run_stage, share, stable_seed)
+                    parse_turn, progress, prompt_path, read_rows, run_stage, share, stable_seed,
+                    turn_sampling)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,8 +67,8 @@ def main() -> None:
             for key in todo:
                 row, t = steps[key]
                 yield key, dialogue(row["env"], row["instruction"], row["steps"][:t - 1]), {
-                    "n": args.n_samples, "temperature": args.temperature, "max_tokens": args.max_tokens,
-                    "seed": stable_seed(args.seed, key), "stop": ["\nObservation:"]}
+                    **turn_sampling(args.temperature, args.max_tokens), "n": args.n_samples,
+                    "seed": stable_seed(args.seed, key)}
 
         for key, outputs in progress(generate(engine, requests(), args.max_live), total=len(todo), desc="sample"):
             row, t = steps[key]

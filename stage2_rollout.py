@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import (CANDIDATES, TRAJECTORY, EnvironmentPool, Episode, StageOutput, UserError, add_engine_options,
                     agent_turn, check_failures, duration, is_valid, make_engine, normalise, play, progress, prompt_path,
-                    read_rows, run_stage, share)
+                    read_rows, run_stage, share, turn_sampling)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -94,7 +94,7 @@ def main() -> None:
         if todo:
             environments = {row["env"] for row in trajectories.values()}
             with EnvironmentPool(environments.pop(), min(args.max_live, len(todo))) as pool:
-                sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens, "stop": ["\nObservation:"]}
+                sampling = turn_sampling(args.temperature, args.max_tokens)
                 engine = make_engine(args)
                 episodes = play(todo, engine, pool, sampling, args.seed, args.max_turns)
                 for episode in progress(episodes, total=len(todo), desc="rollout"):

@@ -26,14 +26,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (AlfWorld, ChatFormat, EnvironmentPool, Episode, LocalEngine, ScienceWorld, UserError, alfworld_root,
-                    alfworld_tasks, bfloat16_is_fast, dialogue, generate, java_folder, list_tasks, make_trainer, play,
-                    progress, run_stage, training_sequences, write_practice_games)
+                    alfworld_tasks, bfloat16_is_fast, dialogue, game_path, generate, java_folder, list_tasks, make_trainer,
+                    play, progress, run_stage, training_sequences, turn_sampling, write_practice_games)
 from stage0_sft import scienceworld_expert
 
 PARTS = ("rollouts", "growth", "environments", "sampling", "training")
@@ -115,8 +116,7 @@ def running(size: int, task: str):
 
 
 def roll_out(engine, pool: EnvironmentPool, tasks: list[str], turns: int, max_tokens: int) -> list[Episode]:
-    sampling = {"temperature": 0.0, "max_tokens": max_tokens, "stop": ["\nObservation:"]}
-    played = list(play([Episode(task, task) for task in tasks], engine, pool, sampling, 0, turns))
+    played = list(play([Episode(task, task) for task in tasks], engine, pool, turn_sampling(0.0, max_tokens), 0, turns))
     assert len(played) == len(tasks) and not any(episode.end.startswith("failed") for episode in played)
     return played
 
@@ -154,8 +154,9 @@ def growth(table: Table, args: argparse.Namespace, engine: LocalEngine) -> None:
     with running(live, tasks[0]) as pool:
         for _ in progress(range(args.rounds), desc="growth"):
             for (episodes, times), spent in sizes.items():
-                arguments = (engine, pool, tasks[:episodes * live], times * turns, args.max_tokens)
-                spent.append(1000 * cost(engine, roll_out, *arguments)[0] / (episodes * live * times * turns))
+                recorder = Recorder(engine)
+                arguments = (recorder, pool, tasks[:episodes * live], times * turns, args.max_tokens)
+                spent.append(1000 * cost(engine, roll_out, *arguments)[0] / len(recorder.requests))
     for (episodes, times), spent in list(sizes.items())[1:]:
         what = f"{episodes}x the episodes" if episodes > 1 else f"{times}x the turns"
         table.add(f"rollouts, {what}, against 1x", "ms a turn", spent, sizes[1, 1])
@@ -168,7 +169,22 @@ def growth(table: Table, args: argparse.Namespace, engine: LocalEngine) -> None:
 
 LABORATORY = ["look around", "teleport to kitchen", "open cupboard", "pick up thermometer", "look at table", "wait1",
               "teleport to greenhouse", "look around", "examine thermometer", "wait1"]
-here = {}  # this process's environment
+our_laboratory, our_house = cache(ScienceWorld), cache(AlfWorld)  # one in a process
+
+
+@cache
+def stock_laboratory():
+    os.environ["PATH"] = f"{java_folder()}{os.pathsep}{os.environ['PATH']}"
+    from scienceworld import ScienceWorldEnv
+    return ScienceWorldEnv()
+
+
+@cache
+def stock_house():
+    import textworld
+    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+    from textworld.envs.pddl import PddlEnv
+    return AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True)))
 
 
 def measured(load, step, actions: list[str], replay) -> dict[str, float]:
@@ -176,27 +192,28 @@ def measured(load, step, actions: list[str], replay) -> dict[str, float]:
             f"branch at step {BRANCH_AT}": seconds(replay)}
 
 
-def our_scienceworld(task: str) -> dict[str, float]:
-    env = here.get("env") or here.setdefault("env", ScienceWorld())
-    return measured(lambda: env.reset(task), env.step, LABORATORY, lambda: env.branch(task, LABORATORY))
-
-
-def stock_scienceworld(task: str) -> dict[str, float]:
-    os.environ["PATH"] = f"{java_folder()}{os.pathsep}{os.environ['PATH']}"
-    from scienceworld import ScienceWorldEnv
-    env = here.get("env") or here.setdefault("env", ScienceWorldEnv())
-    _, kind, variation = task.split("/")
-
+def stock(env, actions: list[str], *game: object) -> dict[str, float]:
+    """Both stock packages branch by a reset and a replay."""
     def load() -> None:
-        env.load(kind, int(variation), "easy")
+        env.load(*game)
         env.reset()
 
     def replay() -> None:
         env.reset()
-        for action in LABORATORY:
+        for action in actions:
             env.step(action)
 
-    return measured(load, env.step, LABORATORY, replay)
+    return measured(load, env.step, actions, replay)
+
+
+def our_scienceworld(task: str) -> dict[str, float]:
+    env = our_laboratory()
+    return measured(lambda: env.reset(task), env.step, LABORATORY, lambda: env.branch(task, LABORATORY))
+
+
+def stock_scienceworld(task: str) -> dict[str, float]:
+    _, kind, variation = task.split("/")
+    return stock(stock_laboratory(), LABORATORY, kind, int(variation), "easy")
 
 
 def a_walk(game: Path) -> list[str]:
@@ -206,14 +223,10 @@ def a_walk(game: Path) -> list[str]:
     return [f"go to {kind.lower()} 1" for kind in islice(cycle(kinds), BRANCH_AT)]
 
 
-def game_of(root: Path, task: str) -> Path:
-    return root / "json_2.1.1" / task.removeprefix("alfworld/") / "game.tw-pddl"
-
-
 def our_alfworld(root: Path, task: str) -> dict[str, float]:
     """The branch is the second one at this step: the first of a trajectory plays the line that the others leave."""
-    env = here.get("env") or here.setdefault("env", AlfWorld(root))
-    walk = a_walk(game_of(root, task))
+    env = our_house(root)
+    walk = a_walk(game_path(root, task))
 
     def replay() -> None:
         env.branch(task, walk)
@@ -224,24 +237,8 @@ def our_alfworld(root: Path, task: str) -> dict[str, float]:
 
 
 def stock_alfworld(root: Path, task: str) -> dict[str, float]:
-    import textworld
-    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-    from textworld.envs.pddl import PddlEnv
-    infos = textworld.EnvInfos(won=True, admissible_commands=True)
-    env = here.get("env") or here.setdefault("env", AlfredDemangler(PddlEnv(infos)))
-    game = game_of(root, task)
-    walk = a_walk(game)
-
-    def load() -> None:
-        env.load(str(game))
-        env.reset()
-
-    def replay() -> None:
-        env.reset()
-        for action in walk:
-            env.step(action)
-
-    return measured(load, env.step, walk, replay)
+    game = game_path(root, task)
+    return stock(stock_house(), a_walk(game), str(game))
 
 
 def environments(table: Table, args: argparse.Namespace) -> None:
@@ -250,7 +247,7 @@ def environments(table: Table, args: argparse.Namespace) -> None:
             root, label = alfworld_root(), "ALFWorld"
         except UserError:
             root, label = Path(folder), "ALFWorld (practice games)"
-            write_practice_games(root, {"train": args.rounds}, seed=0)
+            write_practice_games(root, {"train": 2 * args.rounds}, seed=0)  # of each type: more than GAMES a round
         games = alfworld_tasks("train", root)
         games = games[::len(games) // (GAMES * args.rounds)]  # from all over the list: neighbours are alike
         compare(table, label, [(root, task) for task in games], our_alfworld, stock_alfworld,
@@ -283,7 +280,7 @@ def expert_trajectories() -> list[dict]:
 def sampling(table: Table, args: argparse.Namespace, engine: LocalEngine, experts: list[dict]) -> None:
     prompts = {f"{row['key']}/step{t}": dialogue(row["env"], row["instruction"], row["steps"][:t])
                for row in experts for t in range(len(row["steps"]))}
-    options = {"temperature": 1.0, "max_tokens": args.max_tokens, "stop": ["\nObservation:"]}
+    options = turn_sampling(1.0, args.max_tokens)
     whole = [(key, turns, options | {"seed": 0, "n": N}) for key, turns in prompts.items()]
     single = [((key, seed), turns, options | {"seed": seed}) for key, turns in prompts.items() for seed in range(N)]
     times = [(cost(engine, list, generate(engine, whole, 8))[1], cost(engine, list, generate(engine, single, 8 * N))[1])
@@ -307,7 +304,7 @@ def training(table: Table, args: argparse.Namespace, experts: list[dict]) -> Non
         options = argparse.Namespace(epochs=1, learning_rate=1e-5, batch_size=8, micro_batch_size=1, lora_rank=0, seed=0)
         return make_trainer(model, tokenizer, sequences, options, Path(folder))
 
-    def stock(model, folder: str):
+    def padded(model, folder: str):
         trainer = Trainer(model=model, train_dataset=sequences, data_collator=DataCollatorForSeq2Seq(tokenizer),
                           args=TrainingArguments(
                               folder, num_train_epochs=1, learning_rate=1e-5, per_device_train_batch_size=2,
@@ -325,7 +322,7 @@ def training(table: Table, args: argparse.Namespace, experts: list[dict]) -> Non
             trainer.args.save_strategy = "no"
             return tokens / seconds(trainer.train)
 
-    times = [(rate(ours), rate(stock)) for _ in progress(range(args.rounds), desc="training")]
+    times = [(rate(ours), rate(padded)) for _ in progress(range(args.rounds), desc="training")]
     table.add("training all weights, against Trainer with padding", "tokens/s", *map(list, zip(*times)), at_least=1.5)
 
 

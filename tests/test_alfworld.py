@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from common import AlfWorld, UserError, alfworld_root, alfworld_tasks, write_practice_games
+from common import AlfWorld, UserError, alfworld_root, alfworld_tasks, game_path, write_practice_games
 from stage0_sft import alfworld_expert, read_published, replay
 
 TYPES = ["look_at_obj_in_light", "pick_and_place_simple", "pick_clean_then_place_in_recep",
@@ -153,7 +153,7 @@ def test_games_are_played_as_in_the_stock_engine(newer):
             env.state = states[-1]
         ours = [[state.feedback, state["admissible_commands"], state.won] for state in states]
         walks.append((task, commands, ours))
-    games = [(f"{newer}/json_2.1.1/{task.removeprefix('alfworld/')}/game.tw-pddl", commands) for task, commands, _ in walks]
+    games = [(str(game_path(newer, task)), commands) for task, commands, _ in walks]
     stock = subprocess.run([sys.executable, "-c", STOCK], input=json.dumps(games), text=True, capture_output=True, check=True)
     assert [json.loads(line) for line in stock.stdout.splitlines()] == [ours for _, _, ours in walks]
 
