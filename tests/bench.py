@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--max-live", type=int, default=32, help="episodes in flight; default: %(default)s")
     parser.add_argument("--max-turns", type=int, default=6, help="default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, default=96, help="most tokens of a turn; default: %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=192, help="most tokens of a turn; default: %(default)s")
     parser.add_argument("--max-model-len", type=int, default=4096, help="default: %(default)s")
     return parser.parse_args()
 
@@ -149,7 +149,7 @@ def rollouts(table: Table, args: argparse.Namespace, engine: LocalEngine) -> Non
 def growth(table: Table, args: argparse.Namespace, engine: LocalEngine) -> None:
     live = args.max_live // 2
     tasks = list_tasks("scienceworld", "train", TYPES, 4 * live, 0)
-    turns = max(1, args.max_turns // 2)
+    turns = max(1, args.max_turns // 3)
     sizes = {(episodes, times): [] for episodes, times in ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4))}
     with running(live, tasks[0]) as pool:
         for _ in progress(range(args.rounds), desc="growth"):
@@ -279,7 +279,7 @@ def expert_trajectories() -> list[dict]:
 
 def sampling(table: Table, args: argparse.Namespace, engine: LocalEngine, experts: list[dict]) -> None:
     prompts = {f"{row['key']}/step{t}": dialogue(row["env"], row["instruction"], row["steps"][:t])
-               for row in experts for t in range(len(row["steps"]))}
+               for row in experts[:3] for t in range(len(row["steps"]))}
     options = turn_sampling(1.0, args.max_tokens)
     whole = [(key, turns, options | {"seed": 0, "n": N}) for key, turns in prompts.items()]
     single = [((key, seed), turns, options | {"seed": seed}) for key, turns in prompts.items() for seed in range(N)]
