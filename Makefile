@@ -89,7 +89,7 @@ READY := $(VENV)/ready
 ENV_PROMPTS := prompts/$(strip $(ENV)).txt
 TASK_TABLE := $(if $(filter scienceworld,$(ENV)),prompts/scienceworld_tasks.txt)
 
-.PHONY: all iter baselines report test bench help venv data games clean FORCE
+.PHONY: all iter baselines report verify test bench help venv data games clean FORCE
 
 all: $(R)/report.md ## all iterations and evaluations, then report.md with its table of average rewards
 iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-unseen.jsonl ## only iteration ITER, only its stale stages
@@ -220,6 +220,9 @@ ifneq ($(strip $(RUNS)),)
 else
 	@$(PYTHON) evaluate.py report $(R)
 endif
+
+verify: ## compare RUN's files with what their sidecars say of inputs, prompts, code and versions
+	@$(PYTHON) common.py verify $(R)
 
 # ---- Tests ----
 test: $(READY) $(PACKAGED)/config.json ## the tests, all of them, set-up included

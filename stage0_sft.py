@@ -18,19 +18,17 @@ the actions were replayed in it. `train` minimises equation 2.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-import multiprocessing
 import os
 import random
 import re
 import time
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
 
-from common import (ENVIRONMENTS, PROMPTS, AlfWorld, ScienceWorld, StageOutput, UserError,
-                    add_training_options, duration, environment_of, finetune, is_valid, list_tasks, make_environment,
+from common import (ENVIRONMENTS, PROMPTS, AlfWorld, EnvironmentPool, ScienceWorld, StageOutput, UserError,
+                    add_training_options, check_failures, duration, environment_of, finetune, is_valid, list_tasks,
                     parse_turn, progress, run_stage, scienceworld_table, task_type, turn_limit)
 
 
@@ -459,25 +457,47 @@ def trajectory_row(task: str, instruction: str, steps: list[dict], reward: float
 
 # --- Collecting in parallel ---------------------------------------------------------------------------------------
 
-@functools.cache
-def worker_environment(env: str):
-    """The one environment of a worker process."""
-    return make_environment(env)
 
-
-def expert_trajectory(env: str, task: str, turns: list[tuple[str, str]] | None, max_turns: int | None, seed: int) -> dict:
-    """In a worker: the expert's trajectory for a task, or what became of published turns. {"key", "row" or None}."""
-    environment = worker_environment(env)
+def expert_trajectory(env, task: str, turns: list[tuple[str, str]] | None, max_turns: int | None, seed: int) -> dict | None:
+    """In a worker: the expert's trajectory for a task, None if it has none; or what became of published turns."""
     if turns is not None:
-        row = replay(environment, task, turns, max_turns)
-    else:
-        expert = scienceworld_expert if isinstance(environment, ScienceWorld) else alfworld_expert
-        row = expert(environment, task, max_turns, seed)
-    return {"key": task, "row": row}
+        return replay(env, task, turns, max_turns)
+    expert = scienceworld_expert if isinstance(env, ScienceWorld) else alfworld_expert
+    return expert(env, task, max_turns, seed)
 
 
-def batched(items: list, size: int) -> list[list]:
-    return [items[i:i + size] for i in range(0, len(items), size)]
+def expert_trajectories(work: dict, pool: EnvironmentPool, max_turns: int | None, seed: int) -> Iterator[dict]:
+    """{"key": task, "row": its trajectory or None} as they come; a task whose environment failed three times over has
+    "failed": reason, too. UserError is raised once these are more than check_failures allows."""
+    waiting, tries, served, busy, failed = deque(work), Counter(), Counter(), {}, 0
+
+    def give(worker: int) -> None:
+        if waiting:
+            if served[worker] and served[worker] % 25 == 0:  # the simulator that solves its own tasks keeps memory
+                pool.restart(worker)
+            served[worker] += 1
+            busy[worker] = task = waiting.popleft()
+            pool.send(worker, "call", expert_trajectory, task, work[task], max_turns, seed)
+
+    for worker in pool.workers:
+        give(worker)
+    while busy:
+        for worker, (kind, payload) in pool.ready(None):
+            task = busy.pop(worker)
+            if kind == "user error":
+                raise UserError(payload)
+            if kind == "failed":
+                pool.restart(worker)
+                tries[task] += 1
+            if kind == "done":
+                yield {"key": task, "row": payload}
+            elif kind == "failed" and tries[task] <= 3:
+                waiting.appendleft(task)
+            else:
+                failed += 1
+                check_failures(failed, len(work), f"tasks failed, the last one with '{payload}'")
+                yield {"key": task, "row": None, "failed": payload}
+            give(worker)
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -490,23 +510,19 @@ def collect(args: argparse.Namespace) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
     inputs = [PROMPTS / "scienceworld_tasks.txt", *([args.published] if args.published else [])]
     with StageOutput(args.out, settings, inputs) as output:
-        todo = [task for task in work if task not in output.done]
-        context = multiprocessing.get_context("spawn")
-        workers = max(1, min(args.workers, len(todo)))
-        bar = progress(total=len(todo), desc="expert")
-        # Fresh processes now and then: the simulator that solves its own tasks keeps memory.
-        for part in batched(todo, 25 * workers):
-            with ProcessPoolExecutor(workers, context) as pool:
-                for result in pool.map(expert_trajectory, repeat(args.env), part, [work[task] for task in part],
-                                       repeat(args.max_turns), repeat(args.seed)):
-                    output.write(result)
-                    bar.update()
-        bar.close()
+        todo = {task: turns for task, turns in work.items() if task not in output.done}
+        with EnvironmentPool(args.env, min(args.workers, len(todo))) as pool:
+            results = expert_trajectories(todo, pool, args.max_turns, args.seed)
+            for result in progress(results, total=len(todo), desc="expert"):
+                output.write(result)
         rows = [output.done[task]["row"] for task in work if output.done[task]["row"]]
+        failed = [f"{task}: {output.done[task]['failed']}" for task in work if "failed" in output.done[task]]
         if not rows:
             raise UserError(f"no expert trajectory reaches the full reward in {len(work)} tasks; "
                             "try other --task-types, more --num-tasks or a higher --max-turns")
-        output.finish(rows)
+        output.finish(rows, {"tasks": len(work), "failed": failed})
+    for line in failed:
+        print(f"failed: {line}")
     steps = sum(len(row["steps"]) for row in rows)
     refused = sum(not is_valid(step["observation"]) for row in rows for step in row["steps"])
     kinds = len({task_type(row["task"]) for row in rows})

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
-from common import (TRAJECTORY, StageOutput, add_engine_options, dialogue, duration, generate, make_engine, normalise,
-                    parse_turn, progress, prompt_path, read_rows, run_stage, share, stable_seed,
-                    turn_sampling)
+from common import (TRAJECTORY, Output, StageOutput, add_engine_options, dialogue, duration, generate, make_engine,
+                    normalise, parse_turn, progress, prompt_path, read_rows, run_stage, share, stable_seed, turn_sampling)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,6 +49,18 @@ def is_flagged(actions: list[dict], samples: list[dict]) -> bool:
     return len(actions) + any(not sample["action"] for sample in samples) > 1
 
 
+def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> dict:
+    """The row of step t; one whose request failed has no samples, says why, and is not flagged."""
+    if outputs[0].finish.startswith("failed"):
+        return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": [],
+                "actions": distinct_actions(trajectory["steps"][t - 1], []), "flagged": False, "failed": outputs[0].finish}
+    turns = [parse_turn(sampled.text) for sampled in outputs]
+    samples = [{"thought": turn["thought"], "action": turn["action"]} for turn in turns]
+    actions = distinct_actions(trajectory["steps"][t - 1], samples)
+    return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": samples, "actions": actions,
+            "flagged": is_flagged(actions, samples)}
+
+
 def main() -> None:
     args = parse_arguments()
     started = time.time()
@@ -58,7 +68,7 @@ def main() -> None:
     steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
     prompts = {prompt_path(row["env"]) for row in trajectories}
-    inputs = [args.trajectories, Path(args.model) / "training.json", *sorted(prompts)]
+    inputs = [args.trajectories, args.model, *sorted(prompts)]
     with StageOutput(args.out, settings, inputs) as output:
         todo = [key for key in steps if key not in output.done]
         engine = make_engine(args) if todo else None  # steps in order: each finds its history in the prefix cache
@@ -70,22 +80,22 @@ def main() -> None:
                     **turn_sampling(args.temperature, args.max_tokens), "n": args.n_samples,
                     "seed": stable_seed(args.seed, key)}
 
-        for key, outputs in progress(generate(engine, requests(), args.max_live), total=len(todo), desc="sample"):
+        results = generate(engine, requests(), len(todo), args.max_live)
+        for key, outputs in progress(results, total=len(todo), desc="sample"):
             row, t = steps[key]
-            turns = [parse_turn(sampled.text) for sampled in outputs]
-            samples = [{"thought": turn["thought"], "action": turn["action"]} for turn in turns]
-            actions = distinct_actions(row["steps"][t - 1], samples)
-            output.write({"key": key, "trajectory": row["key"], "step": t, "samples": samples, "actions": actions,
-                          "flagged": is_flagged(actions, samples)})
+            output.write(candidate_row(key, row, t, outputs))
         if todo:
             print(engine.usage())
         rows = [output.done[key] for key in steps]
-        output.finish(rows)
-    flagged = [row for row in rows if row["flagged"]]
-    invalid = sum(not sample["action"] for row in rows for sample in row["samples"])
+        flagged = [row for row in rows if row["flagged"]]
+        invalid = sum(not sample["action"] for row in rows for sample in row["samples"])
+        failed = sum("failed" in row for row in rows)
+        output.finish(rows, {"flagged": len(flagged), "invalid samples": invalid, "failed": failed})
     print(f"{len(trajectories)} trajectories -> {len(rows)} steps, {share(len(flagged), len(rows))} flagged, "
           f"{sum(len(row['actions']) for row in flagged)} distinct actions in them, "
-          f"{share(invalid, len(rows) * args.n_samples)} samples invalid; {args.out}; {duration(time.time() - started)}")
+          f"{share(invalid, len(rows) * args.n_samples)} samples invalid"
+          f"{f', {failed} steps without samples, since the server failed' if failed else ''}; {args.out}; "
+          f"{duration(time.time() - started)}")
 
 
 if __name__ == "__main__":

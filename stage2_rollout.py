@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from common import (CANDIDATES, TRAJECTORY, EnvironmentPool, Episode, StageOutput, UserError, add_engine_options,
-                    agent_turn, check_failures, duration, is_valid, make_engine, normalise, play, progress, prompt_path,
+                    agent_turn, check_model, duration, is_valid, make_engine, normalise, play, progress, prompt_path,
                     read_rows, run_stage, share, turn_sampling)
 
 
@@ -54,8 +53,10 @@ def determined_by(candidate: dict, action: dict, trajectory: dict) -> tuple:
 
 
 def rollout_row(key: str, candidate: dict, action: dict, steps: list[dict], reward: float, end: str) -> dict:
+    """A rollout that failed may have no steps."""
     return {"key": key, "candidate": candidate["key"], "action": action["action"], "thought": action["thought"],
-            "source": action["source"], "valid": is_valid(steps[0]["observation"]), "reward": reward, "end": end,
+            "source": action["source"], "reward": reward, "end": end,
+            "valid": bool(steps) and is_valid(steps[0]["observation"]),
             "steps": [{name: step[name] for name in ("thought", "action", "observation")} for step in steps]}
 
 
@@ -63,6 +64,7 @@ def main() -> None:
     args = parse_arguments()
     started = time.time()
     trajectories = {row["key"]: row for row in read_rows(args.trajectories, TRAJECTORY)}
+    check_model(args.candidates, args.model)
     work = {}
     for candidate in read_rows(args.candidates, CANDIDATES):
         trajectory = trajectories.get(candidate["trajectory"])
@@ -75,8 +77,8 @@ def main() -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
     prompts = {prompt_path(row["env"]) for row in trajectories.values()}
     strays = 0
-    inputs = [args.trajectories, args.candidates, Path(args.model) / "training.json", *sorted(prompts)]
-    failed, first, again = [], {}, {}  # again: {key of a rollout: key of the earlier one that determines it}
+    inputs = [args.trajectories, args.candidates, args.model, *sorted(prompts)]
+    first, again = {}, {}  # again: {key of a rollout: key of the earlier one that determines it}
     with StageOutput(args.out, settings, inputs) as output:
         todo = []
         for key, (candidate, action, trajectory) in work.items():
@@ -100,10 +102,7 @@ def main() -> None:
                 for episode in progress(episodes, total=len(todo), desc="rollout"):
                     candidate, action, trajectory = work[episode.key]
                     t = candidate["step"]
-                    if episode.end.startswith("failed"):
-                        failed.append(episode)
-                        continue
-                    if len(episode.steps) < t:
+                    if len(episode.steps) < t and not episode.end.startswith("failed"):
                         raise UserError(f"{args.trajectories}: '{trajectory['key']}' ended at step {len(episode.steps)} "
                                         f"when it was replayed ({episode.end}); is --max-turns below its length?")
                     strays += any(mine["observation"] != theirs["observation"]
@@ -111,18 +110,18 @@ def main() -> None:
                     output.write(rollout_row(episode.key, candidate, action, episode.steps[t - 1:], episode.reward,
                                              episode.end))
                 print(engine.usage())
-        check_failures(failed, len(todo))
         for key, earlier in again.items():
             output.write(output.done[earlier] | {"key": key, "candidate": work[key][0]["key"]})
         rows = [output.done[key] for key in work]
-        output.finish(rows)
-    sampled = [row for row in rows if row["source"] == "sample"]
-    refused = sum(not row["valid"] for row in sampled)
-    better = sum(row["reward"] > work[row["key"]][2]["reward"] for row in sampled)
+        failed = sum(row["end"].startswith("failed") for row in rows)
+        sampled = [row for row in rows if row["source"] == "sample" and not row["end"].startswith("failed")]
+        refused = sum(not row["valid"] for row in sampled)
+        better = sum(row["reward"] > work[row["key"]][2]["reward"] for row in sampled)
+        output.finish(rows, {"sampled": len(sampled), "refused": refused, "beat the expert": better, "failed": failed})
     average = sum(row["reward"] for row in sampled) / len(sampled) if sampled else 0
     print(f"{len(sampled)} sampled actions rolled out: {share(refused, len(sampled))} refused by the environment, average "
-          f"reward {average:.2f}, {better} beat the expert, {strays} met a state unlike the expert's; {args.out}; "
-          f"{duration(time.time() - started)}")
+          f"reward {average:.2f}, {better} beat the expert, {strays} met a state unlike the expert's"
+          f"{f'; {failed} more failed' if failed else ''}; {args.out}; {duration(time.time() - started)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import re
 import time
 from collections import Counter
-from pathlib import Path
 
 from common import (ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies, duration, fill_dialogue,
                     first_sentences, generate_checked, leak_in, make_engine, normalise, progress, prompt_path, read_rows,
@@ -103,7 +102,8 @@ def main() -> None:
     args = parse_arguments()
     started = time.time()
     trajectories = {row["key"]: row for row in read_rows(args.trajectories, TRAJECTORY)}
-    rollouts = {row["key"]: row for row in read_rows(args.rollouts, ROLLOUT, may_be_empty=True)}
+    rollouts = {row["key"]: row for row in read_rows(args.rollouts, ROLLOUT, may_be_empty=True)
+                if not row["end"].startswith("failed")}  # there is nothing to judge
     for key, row in rollouts.items():
         row["trajectory"] = row["candidate"].rsplit("/step", 1)[0]
         if row["trajectory"] not in trajectories:
@@ -121,7 +121,7 @@ def main() -> None:
     def check(rollout: dict, output: Output) -> tuple[str, str | None]:
         return check_critique(rollout, prompt(rollout), output)
 
-    inputs = [args.trajectories, args.rollouts, prompt_path("critique"), Path(args.model) / "training.json"]
+    inputs = [args.trajectories, args.rollouts, prompt_path("critique"), args.model]
     with StageOutput(args.out, settings, inputs) as output:
         todo = [row for key, row in rollouts.items() if key not in output.done]
         if todo:
@@ -133,9 +133,9 @@ def main() -> None:
                               "refused": refused})
             print(engine.usage())
         rows = [output.done[key] for key in rollouts]
-        output.finish(rows)
-    fallbacks = sum(row["fallback"] for row in rows)
-    reasons = Counter(reason for row in rows for reason in row["refused"])
+        fallbacks = sum(row["fallback"] for row in rows)
+        reasons = Counter(reason for row in rows for reason in row["refused"])
+        output.finish(rows, {"fallbacks": fallbacks, "refused attempts": reasons})
     print(f"{len(rows)} critiques, {share(fallbacks, len(rows))} fell back to a plain sentence; refused attempts: "
           f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; {args.out}; "
           f"{duration(time.time() - started)}")

@@ -23,12 +23,11 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
-from common import (CANDIDATES, CRITIQUE, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies,
-                    duration, fill_dialogue, generate_checked, leak_in, listed_candidates, literally, make_engine,
-                    normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage,
-                    share, steps_text)
+from common import (CANDIDATES, CRITIQUE, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
+                    check_model, copies, duration, fill_dialogue, generate_checked, leak_in, listed_candidates, literally,
+                    make_engine, normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, retry_sampling,
+                    run_stage, share, steps_text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,8 +78,9 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"],
              "action": trajectory["steps"][row["step"] - 1]["action"],
-             "candidates": critiques.get(row["key"], row["actions"])}
-            for row in candidates if row["flagged"] and len(row["actions"]) > 1 and row["step"] <= last]
+             "candidates": compared}
+            for row in candidates if row["flagged"] and row["step"] <= last
+            for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1]
 
 
 def plan_proposals(trajectory: dict) -> list[dict]:
@@ -150,6 +150,8 @@ def main() -> None:
     candidates = grouped(args.candidates, CANDIDATES, lambda row: row["trajectory"])
     rollouts = grouped(args.rollouts, ROLLOUT, lambda row: row["candidate"].rsplit("/step", 1)[0])
     critiques = grouped(args.critiques, CRITIQUE, lambda row: row["candidate"])
+    if args.critiques:
+        check_model(args.critiques, args.model)
     trajectories, plan = [], {}
     for row in read_rows(args.trajectories, TRAJECTORY):
         row.pop("switched", None)  # the last iteration's
@@ -158,10 +160,13 @@ def main() -> None:
         for step in row["steps"]:
             step.pop("fallback", None)
         trajectories.append(row)
+        failed = Counter(rollout["candidate"] for rollout in rollouts.get(row["key"], [])
+                         if rollout["end"].startswith("failed"))
         for step in candidates.get(row["key"], []) if args.critiques else ():
-            if step["flagged"] and len(critiques.get(step["key"], [])) != len(step["actions"]):
-                raise UserError(f"{args.critiques}: '{step['key']}' needs {len(step['actions'])} critiques and has "
-                                f"{len(critiques.get(step['key'], []))}; run stages 2 and 3 again")
+            needed, found = len(step["actions"]) - failed[step["key"]], len(critiques.get(step["key"], []))
+            if step["flagged"] and found != needed:
+                raise UserError(f"{args.critiques}: '{step['key']}' needs {needed} critiques and has {found}; "
+                                "run stages 2 and 3 again")
         items = plan_proposals(row) if args.propose else plan_steps(row, candidates.get(row["key"], []), critiques)
         plan |= {item["key"]: item for item in items}
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
@@ -174,7 +179,7 @@ def main() -> None:
         return check_deliberation(item, deliberation_prompt(item, args), output)
 
     files = (args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation"),
-             Path(args.model) / "training.json")
+             args.model)
     inputs = [file for file in files if file]
     with StageOutput(args.out, settings, inputs) as output:
         todo = [item for key, item in plan.items() if key not in output.done]
@@ -193,14 +198,17 @@ def main() -> None:
             else:
                 step["fallback"] = written["refused"]
         results = list(output.done.values())
-        output.finish(row | {"source": "deliberation"} for row in trajectories)
-    fallbacks = sum(row["thought"] is None for row in results)
-    reasons = Counter(reason for row in results for reason in row["refused"])
-    steps = [step for row in trajectories for step in row["steps"]]
+        fallbacks = sum(row["thought"] is None for row in results)
+        reasons = Counter(reason for row in results for reason in row["refused"])
+        steps = [step for row in trajectories for step in row["steps"]]
+        switched, deliberating = (sum(bool(row.get(name)) for row in rows)
+                                  for name, rows in (("switched", trajectories), ("deliberated", steps)))
+        output.finish([row | {"source": "deliberation"} for row in trajectories], {
+            "deliberations": len(plan), "fallbacks": fallbacks, "refused attempts": reasons, "switched": switched,
+            "deliberating steps": deliberating})
     print(f"{len(plan)} deliberations, {share(fallbacks, len(plan))} fell back to the old thought; refused attempts: "
           f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; "
-          f"{sum('switched' in row for row in trajectories)} trajectories switched; "
-          f"{share(sum(bool(step.get('deliberated')) for step in steps), len(steps))} steps deliberate; {args.out}; "
+          f"{switched} trajectories switched; {share(deliberating, len(steps))} steps deliberate; {args.out}; "
           f"{duration(time.time() - started)}")
 
 

@@ -1,8 +1,13 @@
 """The stages are scripts at the top of the project: let tests import them, and run them as a user does."""
 
+import http.server
+import json
 import os
+import random
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,13 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"  # `make test` sets it up
 sys.path.insert(0, str(ROOT))
 
+MOVES = {"scienceworld": ["look around", "teleport to kitchen", "open cupboard", "focus on agent", "teleport to outside",
+                          "wait1", "pick up thermometer", "fly away", ""],
+         "alfworld": ["look", "go to drawer 1", "open drawer 1", "go to sidetable 1", "inventory", "fly away", ""]}
+
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="leave out the tests that load a model")
+    parser.addoption("--quick", action="store_true", help="leave out the tests that load a model or run for minutes")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: loads a model or runs the Makefile; `make test PYTEST=--quick` leaves it out")
+    config.addinivalue_line("markers", "slow: loads a model, runs the Makefile or runs for minutes; "
+                            "`make test PYTEST=--quick` leaves it out")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,3 +51,62 @@ def engine():
     """The packaged model in a real vLLM in this process."""
     from common import LocalEngine
     return LocalEngine(str(MODEL), 2048, 0)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible server of the model "m"; subclasses say how a request for completions is answered."""
+
+    def do_GET(self):
+        self.send(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
+
+    def do_POST(self):
+        self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def complete(self, *texts, **changes):
+        choices = [{"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+                   for i, text in enumerate(texts)]
+        self.send(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices,
+                        "usage": {"prompt_tokens": 7, "completion_tokens": 3 * len(texts), "total_tokens": 10}} | changes)
+
+    def send(self, status, body):
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Retry-After", "0")
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+class ScriptedServer(Server):
+    """A model that answers by the prompt and the request's seed alone, after a moment that differs."""
+
+    def answer(self, request):
+        draw = random.Random(json.dumps([request["messages"], request["seed"]]))
+        time.sleep(random.uniform(0, 0.05))
+        self.complete(*(self.write(request["messages"][-1]["content"], draw) for _ in range(request.get("n", 1))))
+
+    @staticmethod
+    def write(prompt, draw):
+        if "Action Evaluation" in prompt:
+            return draw.choice(["I cannot say.", "Action Evaluation: Looking around at the thermometer in the kitchen or "
+                                "outside tells the agent little. The cupboard is no better. It should find the animal."])
+        move = draw.choice(MOVES["scienceworld"])
+        return f"Thought: {draw.randrange(9)}.\nAction: {move}" if move else "Hm."
+
+
+def serve(handler):
+    """-> (the server, its address for --api-base)"""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}/v1"
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    """The address of a ScriptedServer."""
+    server, address = serve(ScriptedServer)
+    yield address
+    server.shutdown()

@@ -43,9 +43,9 @@ def test_finished_rows_survive_a_kill_and_a_cut_off_line(tmp_path):
     with StageOutput(out, {"n": 1}, []) as output:
         assert list(output.done) == ["a"]
         output.write({"key": "b"})
-        output.finish(output.done.values())
+        output.finish(list(output.done.values()), {})
     assert out.read_text() == '{"key": "a"}\n{"key": "b"}\n'
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.meta.json"}
 
 
 def test_rows_made_with_other_settings_are_not_mixed_in(tmp_path):

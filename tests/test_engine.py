@@ -52,7 +52,7 @@ def answers(port):
 
 
 def ask(engine, turns=QUESTION, **sampling):
-    (_, outputs), = generate(engine, [("name", turns, GREEDY | sampling)], max_live=4)
+    (_, outputs), = generate(engine, [("name", turns, GREEDY | sampling)], 1, max_live=4)
     return outputs
 
 
@@ -80,7 +80,7 @@ def test_a_prompt_longer_than_the_context_says_so(engine):
 
 def test_every_request_is_answered_once_under_its_name(engine):
     requests = [(number, [f"Count from {number}."], GREEDY) for number in range(20)]
-    names = [name for name, _ in generate(engine, requests, max_live=6)]
+    names = [name for name, _ in generate(engine, requests, len(requests), max_live=6)]
     assert sorted(names) == list(range(20))
 
 

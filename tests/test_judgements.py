@@ -113,7 +113,7 @@ def test_a_deliberation_of_no_use_is_refused_with_the_reason(change, reason):
 
 def test_only_flagged_steps_with_two_candidates_are_deliberated_and_none_after_a_switch():
     rows = [{"key": f"a/step{t}", "step": t, "flagged": t != 2, "actions": [{}] * (1 if t == 3 else 2)} for t in (1, 2, 3, 4)]
-    critiques = {row["key"]: CRITIQUES for row in rows}
+    critiques = {row["key"]: CRITIQUES[:len(row["actions"])] for row in rows}
     assert [item["step"] for item in plan_steps(TRAJECTORY, rows, critiques)] == [1, 4]
     switched = TRAJECTORY | {"switched": {"step": 2}}
     assert [item["step"] for item in plan_steps(switched, rows, critiques)] == [1]

