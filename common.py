@@ -183,6 +183,7 @@ def writing(path: Path | str) -> Iterator:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise cannot_write(path, error) from None
 
 

@@ -432,7 +432,7 @@ def calibration_section(models: dict, folder: Path) -> list[str]:
               "No model deliberates.", ""]
     rows, spread = [], []
     for path in iteration_files(folder, "rollouts.jsonl"):
-        rollouts = read_rows(path, ROLLOUT, may_be_empty=True)
+        rollouts = [row for row in read_rows(path, ROLLOUT, may_be_empty=True) if not row["end"].startswith("failed")]
         sampled = [row for row in rollouts if row["source"] == "sample"]
         groups = [[row["reward"] for row in sampled if is_deliberation(row["thought"]) == with_it]
                   for with_it in (True, False)]

@@ -18,7 +18,7 @@ KILLS = 20
 ENGINE = ("--model", "m", "--max-live", 4)
 STAGES = {  # in the order of their inputs
     "expert": ("stage0_sft.py", "expert", "--env", "scienceworld", "--task-types", "lifespan-longest-lived,find-animal",
-               "--num-tasks", 4, "--workers", 2),
+               "--num-tasks", 3, "--workers", 2),
     "candidates": ("stage1_sample.py", *ENGINE, "--trajectories", "expert.jsonl", "--n-samples", 3),
     "rollouts": ("stage2_rollout.py", *ENGINE, "--trajectories", "expert.jsonl", "--candidates", "candidates.jsonl",
                  "--max-turns", 20),
