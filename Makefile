@@ -6,8 +6,8 @@ ifeq ($(filter grouped-target,$(.FEATURES))$(filter 4.3% 4.4% 4.5% 5.%,$(MAKE_VE
 $(error GNU make 4.3 or newer is needed, this is $(MAKE_VERSION))
 endif
 SHELL := /bin/bash
-.DELETE_ON_ERROR:
 .SECONDARY:
+.PRECIOUS: %/model/config.json# Ctrl-C while a finished training cleans up must not cost it
 .DEFAULT_GOAL := help
 
 # ---- Variables: `make all N=3 ITERS=2` ----

@@ -252,13 +252,16 @@ def digest(path: Path | str) -> str | None:
     """SHA-256 of a file, or of a model's folder: its configuration, its record of training and its weights. None where
     there is nothing, as for a name on the hub."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("config.json"),
-                                                  *path.glob("training.json")])
-    hashes = []
-    for file in files:
-        with open(file, "rb") as stream:
-            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return hashes[0] if path.is_file() else hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
+    if path.is_file():
+        return _file_digest(path, path.stat().st_mtime_ns, path.stat().st_size)
+    files = sorted(file for name in ("*.safetensors", "config.json", "training.json") for file in path.glob(name))
+    return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest() if files else None
+
+
+@functools.lru_cache
+def _file_digest(path: Path, *_: int) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def relative(path: Path | str) -> str:
@@ -270,10 +273,18 @@ def relative(path: Path | str) -> str:
 
 
 def check_model(path: Path | str, model: str) -> None:
-    """Raise UserError if the rows in `path` were made with another model, where their sidecar tells."""
-    made = sidecar(Path(path)).get("settings", {}).get("model", model)
-    if relative(made) != relative(model):
-        raise UserError(f"{path}: was made with --model {made}, not {model}; this stage goes on with the same model")
+    """Raise UserError if the rows in `path` were made with other weights, where their sidecar tells."""
+    said = sidecar(Path(path))
+    made = said.get("settings", {}).get("model")
+    weights, given = said.get("inputs", {}).get(made), digest(model)
+    if weights and given and weights != given:
+        raise UserError(f"{path}: was made with other weights, those of --model {made} at the time; this stage goes on "
+                        "with the same model")
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """The options that decide what a stage's rows are: not where they go, nor who computes how many at once."""
+    return {name: value for name, value in vars(args).items() if name not in ("out", "max_live", "workers", "api_base")}
 
 
 class Provenance:
@@ -284,6 +295,9 @@ class Provenance:
         self.inputs = {relative(path): digest(path) for path in inputs}
         self.code = {relative(path): digest(path) for path in (os.path.abspath(sys.argv[0]), __file__)}
         self.started = time.strftime("%FT%T%z")
+        git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                             capture_output=True, text=True) if shutil.which("git") else None
+        self.revision = git.stdout.strip() or None if git else None
 
     def fingerprint(self) -> str:
         """A short hash of settings, inputs and the stage's script; an edit of common.py alone makes no row useless."""
@@ -292,13 +306,11 @@ class Provenance:
 
     def write(self, output: Path, sha256: str, counts: dict) -> None:
         """Write the sidecar of an output that is about to appear under its name."""
-        git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                             capture_output=True, text=True) if shutil.which("git") else None
+        command = shlex.join([relative(os.path.abspath(sys.argv[0])), *sys.argv[1:]])
         versions = {name: version(name) for name in PACKAGES if version(name)}
         write_json(sidecar_path(output), {
-            "format": FORMAT, "command": shlex.join([relative(os.path.abspath(sys.argv[0])), *sys.argv[1:]]),
-            "settings": self.settings, "inputs": self.inputs, "code": self.code,
-            "revision": git.stdout.strip() or None if git else None,
+            "format": FORMAT, "command": re.sub(r"//[^/@\s]*@", "//...@", command),  # a URL may hold a password
+            "settings": self.settings, "inputs": self.inputs, "code": self.code, "revision": self.revision,
             "versions": {"python": sys.version.split()[0]} | versions,
             "started": self.started, "ended": time.strftime("%FT%T%z"), "counts": counts, "sha256": sha256})
 
@@ -353,7 +365,7 @@ class StageOutput:
         self.path = Path(path)
         self.part = self.path.with_name(self.path.name + ".part")
         self.provenance = Provenance(settings, inputs)
-        self.header = {"fingerprint": self.provenance.fingerprint(), "format": FORMAT}
+        self.header = {"fingerprint": self.provenance.fingerprint(), "format": FORMAT, "started": self.provenance.started}
         self.done: dict[str, dict] = {}
         self.file = None
         self.finished = False
@@ -373,9 +385,14 @@ class StageOutput:
 
     def _kept_rows(self) -> list[dict]:
         rows = read_lines(self.part) if self.part.exists() else []
-        if rows and rows[0] != self.header:
+        if not rows:
+            return []
+        check_fields(rows[0], {"fingerprint": str}, f"{self.part}:1")
+        if rows[0] | {"started": ""} != self.header | {"started": ""}:
             print(f"{self.part}: starting afresh, its rows were made with other settings or inputs", file=sys.stderr)
             return []
+        self.header = rows[0]
+        self.provenance.started = self.header["started"]
         for number, row in enumerate(rows[1:], 2):
             check_fields(row, {"key": str}, f"{self.part}:{number}")
         return rows[1:]
@@ -447,6 +464,11 @@ def fill(text: str, path: Path, values: dict[str, str]) -> str:
             raise UserError(f"{path}: unknown placeholder {{{placeholder}}}; this prompt knows {known}; "
                             f"write {{{{{placeholder}}}}} for literal braces")
     return text.format(**values).strip()
+
+
+def turn_inputs(env: str) -> list[Path]:
+    """The files that decide how an environment is played: its prompt, and ScienceWorld's table of tasks and turn limits."""
+    return [prompt_path(env), *([PROMPTS / "scienceworld_tasks.txt"] if env == "scienceworld" else [])]
 
 
 def stable_seed(*parts: object) -> int:
@@ -1015,13 +1037,11 @@ def _environment_worker(connection, env: str) -> None:
     try:
         while True:
             kind, *rest = connection.recv()
+            whose = "user error"
             try:
                 if environment is None:
                     environment = make_environment(env)
-            except UserError as error:
-                answer("user error", str(error))
-                continue
-            try:
+                whose = "refused"
                 if kind == "start":
                     answer("started", *environment.branch(*rest))
                 elif kind == "step":
@@ -1029,7 +1049,7 @@ def _environment_worker(connection, env: str) -> None:
                 else:
                     answer("done", rest[0](environment, *rest[1:]))
             except UserError as error:
-                answer("refused", str(error))
+                answer(whose, str(error))
             except Exception as error:
                 answer("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -1300,7 +1320,8 @@ class LocalEngine:
         self.engine.abort_request(list(self.running))
         self.waiting.extendleft(reversed(self.running.values()))
         self.running.clear()
-        self.engine.reset_prefix_cache()
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM keeps blocks of requests that were aborted; its prefix cache cannot be trusted")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._admit()
@@ -1403,7 +1424,7 @@ class ServerEngine:
                 reason = f"the server refused the request: {error}".replace(self.client.api_key, "...")
                 break
             except openai.APIStatusError as error:
-                reason = f"the server answered {error.status_code} to {self.tries} tries"
+                reason = f"the server answered {error.status_code}"
                 break
             except openai.APIConnectionError as error:
                 reason = f"the server gave no answer to {self.tries} tries: {error}"
@@ -1457,34 +1478,44 @@ def make_engine(args: argparse.Namespace) -> LocalEngine | ServerEngine:
     return LocalEngine(args.model, args.max_model_len, args.seed)
 
 
-def generate(engine, requests: Iterable[tuple[object, list[str], dict]], whole: int, max_live: int
+def generate(engine, requests: Iterable[tuple[object, list[str], dict]], max_live: int
              ) -> Iterator[tuple[object, list[Output]]]:
-    """Keep `max_live` of the `whole` requests (name, turns, sampling options) in the engine; yield (name, completions) as
-    they end, failed ones last. UserError is raised once these are more than check_failures allows."""
+    """Keep `max_live` requests (name, turns, sampling options) in the engine; yield (name, completions) as they end."""
     waiting = iter(requests)
     live = 0
-    failed: list[tuple[object, list[Output]]] = []
     while True:
         while live < max_live and (request := next(waiting, None)) is not None:
             name, turns, sampling = request
             engine.submit(name, turns, **sampling)
             live += 1
         if not live:
-            break
-        for name, outputs in engine.poll():
+            return
+        for finished in engine.poll():
             live -= 1
-            if outputs[0].finish.startswith("failed"):
-                failed.append((name, outputs))
-                check_failures(len(failed), whole, f"requests failed, the last one with '{outputs[0].finish}'")
-            else:
-                yield name, outputs
+            yield finished
+
+
+def failures_last(results: Iterable, reason: Callable[[object], str], whole: int) -> Iterator:
+    """Yield results, those that failed for good last, so that a run that is begun again tries them again.
+
+    reason(result) is "" or why it failed. Raises UserError once more than a twentieth of the `whole` job, counting what was
+    finished before, has failed: its results would be of no use.
+    """
+    failed = []
+    for result in results:
+        if not reason(result):
+            yield result
+            continue
+        failed.append(result)
+        if len(failed) > whole // 20:
+            raise UserError(f"{len(failed)} of {whole} failed, the last with '{reason(result)}'; what is finished is kept, "
+                            "run the same command again for the rest")
     yield from failed
 
 
-def check_failures(failed: int, whole: int, what: str) -> None:
-    """Raise UserError when more than a twentieth has failed for good: the results would be of no use."""
-    if failed > whole // 20:
-        raise UserError(f"{failed} of {whole} {what}; what is finished is kept, run the same command again for the rest")
+def failure(text: str | None) -> str:
+    """The text, such as an episode's end, if it tells of a failure for good, else ""."""
+    return text if text and text.startswith("failed: ") else ""
 
 
 def generate_checked(engine, items: list[dict], request: Callable[[dict, int], tuple[list[str], dict]],
@@ -1503,8 +1534,8 @@ def generate_checked(engine, items: list[dict], request: Callable[[dict, int], t
             yield (item, reasons), *request(item, len(reasons))
 
     while queue:
-        for (item, reasons), (output,) in generate(engine, requests(), len(items), max_live):
-            if output.finish == "context" or output.finish.startswith("failed"):
+        for (item, reasons), (output,) in generate(engine, requests(), max_live):
+            if output.finish == "context" or failure(output.finish):
                 reason = "prompt longer than the context" if output.finish == "context" else output.finish
                 yield item, None, [*reasons, reason]
                 continue
@@ -1571,14 +1602,11 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
     No barrier: whenever an environment has answered, that episode's next prompt joins the running batch, and
     environments step while the engine generates. The episodes of one task go to the same worker as long as there are
     other tasks for the others: environments and the prefix cache then branch instead of starting anew. An episode whose
-    environment fails is replayed on a fresh worker, three times at most; then it ends as "failed: ...". Failed episodes
-    come last; UserError is raised once they are more than check_failures allows.
+    environment fails is replayed on a fresh worker, three times at most; then it ends as "failed: ...".
     """
     waiting: dict[str, deque[Episode]] = {}
     for episode in episodes:
         waiting.setdefault(episode.task, deque()).append(episode)
-    whole = sum(map(len, waiting.values()))
-    failed: list[Episode] = []
     untouched = iter(list(waiting))
     task_of: dict[int, str] = {}  # the task that each worker plays
     live: dict[int, Episode] = {}
@@ -1596,14 +1624,14 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
 
     def replay(worker: int, reason: str) -> None:
         """Start the worker's episode again, on a fresh process, up to and with the action that failed."""
-        episode = live[worker]
+        episode, turn = live[worker], executing.pop(worker, None)
         pool.restart(worker)
         episode.failures.append(reason)
         if len(episode.failures) > 3:
             episode.end = f"failed: {reason}"
             return
-        if worker in executing:
-            episode.forced, episode.steps = [*episode.steps, executing.pop(worker)], []
+        if turn:
+            episode.forced, episode.steps = [*episode.steps, turn], []
         pool.send(worker, "start", episode.task, [step["action"] for step in episode.forced])
 
     def observe(worker: int, kind: str, *payload) -> bool:
@@ -1635,11 +1663,7 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
         else:
             del live[worker]
             begin(worker)
-            if episode.end.startswith("failed"):
-                failed.append(episode)
-                check_failures(len(failed), whole, f"episodes failed, the last one, {episode.key}, with '{episode.end}'")
-            else:
-                yield episode
+            yield episode
 
     for worker in pool.workers:
         begin(worker)
@@ -1648,7 +1672,7 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
             if observe(worker, *reply):
                 yield from go_on(worker)
         for worker, (output,) in engine.poll() if engine.busy else ():
-            if output.finish == "context" or output.finish.startswith("failed"):
+            if output.finish == "context" or failure(output.finish):
                 live[worker].end = "context limit" if output.finish == "context" else output.finish
                 yield from go_on(worker)
             else:
@@ -1656,7 +1680,6 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
                 if output.ids and turn["text"] == output.text:
                     live[worker].written[len(live[worker].steps)] = output.ids
                 pool.send(worker, "step", executing[worker]["action"])
-    yield from failed
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1774,10 +1797,8 @@ def _finetune(args: argparse.Namespace) -> None:
         raise UserError(f"{args.data}: no trajectory fits in {args.max_model_len} tokens; raise --max-model-len")
     trainer = make_trainer(model, tokenizer, sequences, args, part)
     main_process = trainer.is_world_process_zero()
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
-    prompts = {prompt_path(row["env"]) for row in trajectories}
-    provenance = Provenance(settings, [args.data, args.model, *sorted(prompts)])
     if main_process:
+        provenance = Provenance(settings_of(args), [args.data, args.model, prompt_path(trajectories[0]["env"])])
         forget_other_training(part, provenance.fingerprint())
     trainer.accelerator.wait_for_everyone()
     checkpoint = get_last_checkpoint(part)
@@ -1794,20 +1815,22 @@ def _finetune(args: argparse.Namespace) -> None:
         (finished / "training_args.bin").unlink()  # a pickle; training.json says the same
         tokenizer.save_pretrained(finished)
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and "PytorchStream" not in str(error):
             raise
-        raise UserError(f"{part}: cannot be written ({str(error).splitlines()[0]}); make room, then the same command goes "
-                        "on from the last checkpoint") from None
+        raise UserError(f"{part}: cannot be written or read ({str(error).splitlines()[0]}); make room, then the same "
+                        "command goes on from the last checkpoint; delete one that cannot be read") from None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
     learnt = sum(label != -100 for sequence in sequences for label in sequence["labels"])
-    summary = {"settings": settings, "trajectories": len(sequences), "tokens": tokens, "agent_tokens": learnt,
+    summary = {"settings": settings_of(args), "trajectories": len(sequences), "tokens": tokens, "agent_tokens": learnt,
                "optimizer_steps": trainer.state.global_step, "losses": losses, "seconds": round(time.time() - started)}
     write_json(finished / "training.json", summary)
     provenance.write(out, digest(finished), {name: summary[name] for name in ("trajectories", "tokens", "optimizer_steps")})
+    shutil.rmtree(part / "replaced", ignore_errors=True)
     if out.exists():  # aside in one step: half a model must never be taken for one
         os.replace(out, part / "replaced")
     os.replace(finished, out)
+    (part / "fingerprint").unlink()  # whatever a kill leaves of the rest is of no use
     shutil.rmtree(part)
     print(f"{len(sequences)} trajectories ({tokens} tokens, {learnt} of them the agent's; {cut} cut at "
           f"{args.max_model_len} tokens) x {args.epochs:g} epochs, "

@@ -36,7 +36,6 @@ from common import (
     CRITIQUE,
     ENVIRONMENTS,
     EPISODE,
-    PROMPTS,
     ROLLOUT,
     TRAJECTORY,
     EnvironmentPool,
@@ -46,6 +45,8 @@ from common import (
     add_engine_options,
     duration,
     environment_of,
+    failure,
+    failures_last,
     is_deliberation,
     is_valid,
     list_tasks,
@@ -54,12 +55,14 @@ from common import (
     normalise,
     play,
     progress,
-    prompt_path,
     read_rows,
     run_stage,
+    settings_of,
     share,
     task_type,
+    turn_inputs,
     turn_sampling,
+    writing,
 )
 
 TEST_SPLITS = ("seen", "unseen")
@@ -217,9 +220,8 @@ def run(args: argparse.Namespace) -> None:
     experts = read_rows(args.example, TRAJECTORY) if args.example else []
     if experts and experts[0]["env"].removesuffix("-practice") != args.env:
         raise UserError(f"{args.example}: its trajectories are of {experts[0]['env']}, not of {args.env}")
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "splits", "max_live")}
-    inputs = [prompt_path(args.env), PROMPTS / "scienceworld_tasks.txt", args.model,
-              *([args.example] if args.example else [])]
+    settings = {name: value for name, value in settings_of(args).items() if name != "splits"}
+    inputs = [args.model, *turn_inputs(args.env), *([args.example] if args.example else [])]
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(StageOutput(Path(args.out) / f"eval-{split}.jsonl",
                                                           settings | {"split": split}, inputs)) for split in tasks}
@@ -230,14 +232,15 @@ def run(args: argparse.Namespace) -> None:
             pool = stack.enter_context(EnvironmentPool(args.env, min(args.max_live, len(todo))))
             engine = make_engine(args)
             sampling = turn_sampling(args.temperature, args.max_tokens)
-            episodes = play(todo, engine, pool, sampling, args.seed, args.max_turns)
+            episodes = failures_last(play(todo, engine, pool, sampling, args.seed, args.max_turns),
+                                     lambda episode: failure(episode.end), sum(map(len, tasks.values())) * args.best_of)
             for episode in progress(episodes, total=len(todo), desc="evaluate"):
                 split = episode.key.split("/")[0]
                 outputs[split].write(episode_row(episode, split))
         for split, output in outputs.items():
             rows = [best_of([output.done[f"{split}/{task}/try{n}"] for n in range(args.best_of)], task)
                     for task in tasks[split]]
-            failed = sum(row["end"].startswith("failed") for row in rows)
+            failed = sum(bool(failure(row["end"])) for row in rows)
             output.finish(rows, {"average reward": mean(row["reward"] for row in rows), "failed": failed})
             print(f"{split}: {summary(rows)}{f', {failed} episodes failed' if failed else ''}; {output.path}")
     spent = f"; {engine.usage()}" if todo else ""
@@ -334,6 +337,10 @@ def reward_section(models: dict) -> list[str]:
         rows.append([name, *(with_interval([rewards(splits, split)]) for split in TEST_SPLITS),
                      with_interval([rewards(splits, split) for split in TEST_SPLITS]), against])
     lines += table(["model", *(f"{split} (n={sizes[split]})" for split in TEST_SPLITS), "average", "against SFT"], rows)
+    failed = {name: sum(bool(failure(row["end"])) for row in both(splits)) for name, splits in models.items()}
+    if any(failed.values()):
+        lines += ["Episodes that failed for good, with an environment or a server, count with the reward they had reached: "
+                  + ", ".join(f"{name} {count}" for name, count in failed.items() if count) + ".", ""]
     return lines
 
 
@@ -432,7 +439,7 @@ def calibration_section(models: dict, folder: Path) -> list[str]:
               "No model deliberates.", ""]
     rows, spread = [], []
     for path in iteration_files(folder, "rollouts.jsonl"):
-        rollouts = [row for row in read_rows(path, ROLLOUT, may_be_empty=True) if not row["end"].startswith("failed")]
+        rollouts = [row for row in read_rows(path, ROLLOUT, may_be_empty=True) if not failure(row["end"])]
         sampled = [row for row in rollouts if row["source"] == "sample"]
         groups = [[row["reward"] for row in sampled if is_deliberation(row["thought"]) == with_it]
                   for with_it in (True, False)]
@@ -497,7 +504,8 @@ def report(folder: Path) -> None:
         figures["figure4"] = draw_bands(rates)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-    (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    with writing(folder / "report.md") as file:
+        file.write("\n".join(lines).rstrip() + "\n")
     print("\n".join(rewarded + counted))
     print(f"{folder / 'report.md'} has more")
 

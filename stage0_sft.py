@@ -27,9 +27,9 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import (ENVIRONMENTS, PROMPTS, AlfWorld, EnvironmentPool, ScienceWorld, StageOutput, UserError,
-                    add_training_options, check_failures, duration, environment_of, finetune, is_valid, list_tasks,
-                    parse_turn, progress, run_stage, scienceworld_table, task_type, turn_limit)
+from common import (ENVIRONMENTS, AlfWorld, EnvironmentPool, ScienceWorld, StageOutput, UserError, add_training_options,
+                    duration, environment_of, failures_last, finetune, is_valid, list_tasks, parse_turn, progress,
+                    run_stage, scienceworld_table, settings_of, task_type, turn_inputs, turn_limit)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -467,9 +467,9 @@ def expert_trajectory(env, task: str, turns: list[tuple[str, str]] | None, max_t
 
 
 def expert_trajectories(work: dict, pool: EnvironmentPool, max_turns: int | None, seed: int) -> Iterator[dict]:
-    """{"key": task, "row": its trajectory or None} as they come; a task whose environment failed three times over has
-    "failed": reason, too. UserError is raised once these are more than check_failures allows."""
-    waiting, tries, served, busy, failed = deque(work), Counter(), Counter(), {}, 0
+    """{"key": task, "row": its trajectory or None} as they come; a task that fails on four fresh environments, or that the
+    environment refuses, has "failed": reason, too."""
+    waiting, tries, served, busy = deque(work), Counter(), Counter(), {}
 
     def give(worker: int) -> None:
         if waiting:
@@ -494,9 +494,7 @@ def expert_trajectories(work: dict, pool: EnvironmentPool, max_turns: int | None
             elif kind == "failed" and tries[task] <= 3:
                 waiting.appendleft(task)
             else:
-                failed += 1
-                check_failures(failed, len(work), f"tasks failed, the last one with '{payload}'")
-                yield {"key": task, "row": None, "failed": payload}
+                yield {"key": task, "row": None, "failed": f"{task}: {payload}"}
             give(worker)
 
 
@@ -507,16 +505,16 @@ def collect(args: argparse.Namespace) -> None:
         work = choose_published(read_published(args.published, args.env, args.skip_bad), args)
     else:
         work = dict.fromkeys(list_tasks(args.env, "train", args.task_types, args.num_tasks, args.seed))
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
-    inputs = [PROMPTS / "scienceworld_tasks.txt", *([args.published] if args.published else [])]
-    with StageOutput(args.out, settings, inputs) as output:
+    inputs = [*turn_inputs(args.env)[1:], *([args.published] if args.published else [])]  # experts see no prompt
+    with StageOutput(args.out, settings_of(args), inputs) as output:
         todo = {task: turns for task, turns in work.items() if task not in output.done}
         with EnvironmentPool(args.env, min(args.workers, len(todo))) as pool:
-            results = expert_trajectories(todo, pool, args.max_turns, args.seed)
+            results = failures_last(expert_trajectories(todo, pool, args.max_turns, args.seed),
+                                    lambda result: result.get("failed", ""), len(work))
             for result in progress(results, total=len(todo), desc="expert"):
                 output.write(result)
         rows = [output.done[task]["row"] for task in work if output.done[task]["row"]]
-        failed = [f"{task}: {output.done[task]['failed']}" for task in work if "failed" in output.done[task]]
+        failed = [output.done[task]["failed"] for task in work if "failed" in output.done[task]]
         if not rows:
             raise UserError(f"no expert trajectory reaches the full reward in {len(work)} tasks; "
                             "try other --task-types, more --num-tasks or a higher --max-turns")

@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 import time
 
-from common import (TRAJECTORY, Output, StageOutput, add_engine_options, dialogue, duration, generate, make_engine,
-                    normalise, parse_turn, progress, prompt_path, read_rows, run_stage, share, stable_seed, turn_sampling)
+from common import (TRAJECTORY, Output, StageOutput, add_engine_options, dialogue, duration, failure, failures_last,
+                    generate, make_engine, normalise, parse_turn, progress, prompt_path, read_rows, run_stage, settings_of,
+                    share, stable_seed, turn_sampling)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,7 +52,7 @@ def is_flagged(actions: list[dict], samples: list[dict]) -> bool:
 
 def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> dict:
     """The row of step t; one whose request failed has no samples, says why, and is not flagged."""
-    if outputs[0].finish.startswith("failed"):
+    if failure(outputs[0].finish):
         return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": [],
                 "actions": distinct_actions(trajectory["steps"][t - 1], []), "flagged": False, "failed": outputs[0].finish}
     turns = [parse_turn(sampled.text) for sampled in outputs]
@@ -66,10 +67,8 @@ def main() -> None:
     started = time.time()
     trajectories = read_rows(args.trajectories, TRAJECTORY)
     steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
-    prompts = {prompt_path(row["env"]) for row in trajectories}
-    inputs = [args.trajectories, args.model, *sorted(prompts)]
-    with StageOutput(args.out, settings, inputs) as output:
+    inputs = [args.trajectories, args.model, prompt_path(trajectories[0]["env"])]
+    with StageOutput(args.out, settings_of(args), inputs) as output:
         todo = [key for key in steps if key not in output.done]
         engine = make_engine(args) if todo else None  # steps in order: each finds its history in the prefix cache
 
@@ -80,7 +79,8 @@ def main() -> None:
                     **turn_sampling(args.temperature, args.max_tokens), "n": args.n_samples,
                     "seed": stable_seed(args.seed, key)}
 
-        results = generate(engine, requests(), len(todo), args.max_live)
+        results = failures_last(generate(engine, requests(), args.max_live),
+                                lambda result: failure(result[1][0].finish), len(steps))
         for key, outputs in progress(results, total=len(todo), desc="sample"):
             row, t = steps[key]
             output.write(candidate_row(key, row, t, outputs))

@@ -19,8 +19,8 @@ import argparse
 import time
 
 from common import (CANDIDATES, TRAJECTORY, EnvironmentPool, Episode, StageOutput, UserError, add_engine_options,
-                    agent_turn, check_model, duration, is_valid, make_engine, normalise, play, progress, prompt_path,
-                    read_rows, run_stage, share, turn_sampling)
+                    agent_turn, check_model, duration, failure, failures_last, is_valid, make_engine, normalise, play,
+                    progress, read_rows, run_stage, settings_of, share, turn_inputs, turn_sampling)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,35 +74,25 @@ def main() -> None:
         if candidate["flagged"]:
             for place, action in enumerate(candidate["actions"]):
                 work[f"{candidate['key']}/{place}"] = (candidate, action, trajectory)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
-    prompts = {prompt_path(row["env"]) for row in trajectories.values()}
+    env = next(iter(trajectories.values()))["env"]
     strays = 0
-    inputs = [args.trajectories, args.candidates, args.model, *sorted(prompts)]
-    first, again = {}, {}  # again: {key of a rollout: key of the earlier one that determines it}
-    with StageOutput(args.out, settings, inputs) as output:
-        todo = []
-        for key, (candidate, action, trajectory) in work.items():
-            if action["source"] == "expert":
-                if key not in output.done:
-                    output.write(expert_rollout(key, candidate, action, trajectory))
-                continue
-            earlier = first.setdefault(determined_by(candidate, action, trajectory), key)
-            if key in output.done:
-                continue
-            if earlier == key:
-                todo.append(branch(key, candidate, action, trajectory))
-            else:
-                again[key] = earlier
+    inputs = [args.trajectories, args.candidates, args.model, *turn_inputs(env)]
+    first: dict[tuple, str] = {}  # {what determines a sampled action's rollout: the key of the first such}
+    for key, item in work.items():
+        if item[1]["source"] == "sample":
+            first.setdefault(determined_by(*item), key)
+    with StageOutput(args.out, settings_of(args), inputs) as output:
+        todo = [branch(key, *work[key]) for key in first.values() if key not in output.done]
         if todo:
-            environments = {row["env"] for row in trajectories.values()}
-            with EnvironmentPool(environments.pop(), min(args.max_live, len(todo))) as pool:
+            with EnvironmentPool(env, min(args.max_live, len(todo))) as pool:
                 sampling = turn_sampling(args.temperature, args.max_tokens)
                 engine = make_engine(args)
-                episodes = play(todo, engine, pool, sampling, args.seed, args.max_turns)
+                episodes = failures_last(play(todo, engine, pool, sampling, args.seed, args.max_turns),
+                                         lambda episode: failure(episode.end), len(work))
                 for episode in progress(episodes, total=len(todo), desc="rollout"):
                     candidate, action, trajectory = work[episode.key]
                     t = candidate["step"]
-                    if len(episode.steps) < t and not episode.end.startswith("failed"):
+                    if len(episode.steps) < t and not failure(episode.end):
                         raise UserError(f"{args.trajectories}: '{trajectory['key']}' ended at step {len(episode.steps)} "
                                         f"when it was replayed ({episode.end}); is --max-turns below its length?")
                     strays += any(mine["observation"] != theirs["observation"]
@@ -110,11 +100,11 @@ def main() -> None:
                     output.write(rollout_row(episode.key, candidate, action, episode.steps[t - 1:], episode.reward,
                                              episode.end))
                 print(engine.usage())
-        for key, earlier in again.items():
-            output.write(output.done[earlier] | {"key": key, "candidate": work[key][0]["key"]})
-        rows = [output.done[key] for key in work]
-        failed = sum(row["end"].startswith("failed") for row in rows)
-        sampled = [row for row in rows if row["source"] == "sample" and not row["end"].startswith("failed")]
+        rows = [expert_rollout(key, *item) if item[1]["source"] == "expert"
+                else output.done[first[determined_by(*item)]] | {"key": key, "candidate": item[0]["key"]}
+                for key, item in work.items()]
+        failed = sum(bool(failure(row["end"])) for row in rows)
+        sampled = [row for row in rows if row["source"] == "sample" and not failure(row["end"])]
         refused = sum(not row["valid"] for row in sampled)
         better = sum(row["reward"] > work[row["key"]][2]["reward"] for row in sampled)
         output.finish(rows, {"sampled": len(sampled), "refused": refused, "beat the expert": better, "failed": failed})

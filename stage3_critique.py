@@ -19,9 +19,10 @@ import re
 import time
 from collections import Counter
 
-from common import (ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies, duration, fill_dialogue,
-                    first_sentences, generate_checked, leak_in, make_engine, normalise, progress, prompt_path, read_rows,
-                    repeats_itself, retry_sampling, run_stage, share, steps_text)
+from common import (ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies, duration, failure,
+                    failures_last, fill_dialogue, first_sentences, generate_checked, leak_in, make_engine, normalise,
+                    progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage, settings_of, share,
+                    steps_text)
 
 TAG = "Action Evaluation:"
 SENTENCE = r"[A-Z][^\n.!?*]{20,160}\."
@@ -103,13 +104,12 @@ def main() -> None:
     started = time.time()
     trajectories = {row["key"]: row for row in read_rows(args.trajectories, TRAJECTORY)}
     rollouts = {row["key"]: row for row in read_rows(args.rollouts, ROLLOUT, may_be_empty=True)
-                if not row["end"].startswith("failed")}  # there is nothing to judge
+                if not failure(row["end"])}  # there is nothing to judge
     for key, row in rollouts.items():
         row["trajectory"] = row["candidate"].rsplit("/step", 1)[0]
         if row["trajectory"] not in trajectories:
             raise UserError(f"{args.rollouts}: '{key}' belongs to no trajectory of {args.trajectories}; "
                             "the two files do not belong together, run stages 1 and 2 again")
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
 
     def prompt(rollout: dict) -> list[str]:
         return critique_prompt(rollout, trajectories[rollout["trajectory"]], args.shown_steps)
@@ -122,11 +122,12 @@ def main() -> None:
         return check_critique(rollout, prompt(rollout), output)
 
     inputs = [args.trajectories, args.rollouts, prompt_path("critique"), args.model]
-    with StageOutput(args.out, settings, inputs) as output:
+    with StageOutput(args.out, settings_of(args), inputs) as output:
         todo = [row for key, row in rollouts.items() if key not in output.done]
         if todo:
             engine = make_engine(args)
-            results = generate_checked(engine, todo, request, check, args.attempts, args.max_live)
+            results = failures_last(generate_checked(engine, todo, request, check, args.attempts, args.max_live),
+                                    lambda result: failure((result[2] or [""])[-1]), len(rollouts))
             for rollout, text, refused in progress(results, total=len(todo), desc="critique"):
                 output.write({"key": rollout["key"], "candidate": rollout["candidate"], "action": rollout["action"],
                               "critique": text or factual_critique(rollout), "fallback": text is None,

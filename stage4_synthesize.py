@@ -25,9 +25,9 @@ from collections import Counter
 from collections.abc import Callable
 
 from common import (CANDIDATES, CRITIQUE, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
-                    check_model, copies, duration, fill_dialogue, generate_checked, leak_in, listed_candidates, literally,
-                    make_engine, normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, retry_sampling,
-                    run_stage, share, steps_text)
+                    check_model, copies, duration, failure, failures_last, fill_dialogue, generate_checked, leak_in,
+                    listed_candidates, literally, make_engine, normalise, parse_turn, progress, prompt_path, read_rows,
+                    repeats_itself, retry_sampling, run_stage, settings_of, share, steps_text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def switch_expert(trajectory: dict, rollouts: list[dict]) -> dict:
     """The trajectory, or from the first step on where a rollout's reward beats the expert's, the best such rollout."""
-    better = [row for row in rollouts if row["reward"] > trajectory["reward"]]
+    better = [row for row in rollouts if row["reward"] > trajectory["reward"] and not failure(row["end"])]
     if not better:
         return trajectory
     first = min(step_of(row["candidate"]) for row in better)
@@ -161,15 +161,14 @@ def main() -> None:
             step.pop("fallback", None)
         trajectories.append(row)
         failed = Counter(rollout["candidate"] for rollout in rollouts.get(row["key"], [])
-                         if rollout["end"].startswith("failed"))
-        for step in candidates.get(row["key"], []) if args.critiques else ():
+                         if failure(rollout["end"]))
+        for step in candidates.get(row["key"], []) if args.critiques and args.rollouts else ():
             needed, found = len(step["actions"]) - failed[step["key"]], len(critiques.get(step["key"], []))
             if step["flagged"] and found != needed:
                 raise UserError(f"{args.critiques}: '{step['key']}' needs {needed} critiques and has {found}; "
                                 "run stages 2 and 3 again")
         items = plan_proposals(row) if args.propose else plan_steps(row, candidates.get(row["key"], []), critiques)
         plan |= {item["key"]: item for item in items}
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "max_live")}
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:
         form = {"regex": deliberation_form(item)} if attempt else {}
@@ -181,11 +180,12 @@ def main() -> None:
     files = (args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation"),
              args.model)
     inputs = [file for file in files if file]
-    with StageOutput(args.out, settings, inputs) as output:
+    with StageOutput(args.out, settings_of(args), inputs) as output:
         todo = [item for key, item in plan.items() if key not in output.done]
         if todo:
             engine = make_engine(args)
-            results = generate_checked(engine, todo, request, check, args.attempts, args.max_live)
+            results = failures_last(generate_checked(engine, todo, request, check, args.attempts, args.max_live),
+                                    lambda result: failure((result[2] or [""])[-1]), len(plan))
             for item, thought, refused in progress(results, total=len(todo), desc="synthesize"):
                 output.write({"key": item["key"], "thought": thought, "refused": refused})
             print(engine.usage())

@@ -137,7 +137,7 @@ def rollouts(table: Table, args: argparse.Namespace, engine: LocalEngine) -> Non
         for _ in progress(range(args.rounds), desc="rollouts"):
             recorder = Recorder(engine)
             together.append(cost(engine, roll_out, recorder, many, tasks, args.max_turns, args.max_tokens))
-            bare.append(cost(engine, list, generate(engine, recorder.requests, len(recorder.requests), args.max_live)))
+            bare.append(cost(engine, list, generate(engine, recorder.requests, args.max_live)))
             alone.append(cost(engine, roll_out, engine, one, some, args.max_turns, args.max_tokens))
     table.add(f"rollouts, {args.max_live} in flight, against one at a time", "episodes/min",
               [60 * len(tasks) / spent for spent, _ in together], [60 * len(some) / spent for spent, _ in alone],
@@ -283,8 +283,7 @@ def sampling(table: Table, args: argparse.Namespace, engine: LocalEngine, expert
     options = turn_sampling(1.0, args.max_tokens)
     whole = [(key, turns, options | {"seed": 0, "n": N}) for key, turns in prompts.items()]
     single = [((key, seed), turns, options | {"seed": seed}) for key, turns in prompts.items() for seed in range(N)]
-    times = [(cost(engine, list, generate(engine, whole, len(whole), 8))[1],
-              cost(engine, list, generate(engine, single, len(single), 8 * N))[1])
+    times = [(cost(engine, list, generate(engine, whole, 8))[1], cost(engine, list, generate(engine, single, 8 * N))[1])
              for _ in progress(range(args.rounds), desc="sampling")]
     table.add(f"sampling, n={N}, against {N} requests", "ms a token", *([1000 * each for each in way] for way in zip(*times)))
 

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,27 @@ def script(tmp_path):
         return subprocess.run([sys.executable, ROOT / name, *map(str, arguments)], cwd=tmp_path, text=True,
                               capture_output=True, env=os.environ | environment, timeout=600)
     return run
+
+
+def marked(mark):
+    """The processes whose environment says SAND_TEST=mark, whoever has become their parent; this one aside."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("SAND_TEST") == mark:
+                if "resource_tracker" not in " ".join(process.cmdline()):  # Python's own
+                    found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def wait_until_gone(mark):
+    """Wait for them to end, twenty seconds at most; -> those that have not."""
+    deadline = time.monotonic() + 20
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
 
 
 @pytest.fixture(scope="session")

@@ -103,7 +103,7 @@ def test_every_way_to_say_toggle_wins(newer):
 
 @pytest.mark.parametrize("action", [
     "reset", "quit", "help", "restart", "go to", "go to the moon", "put", "x" * 10_000, "look\nlook",
-    "\x00", "go to ../../x 1", "{put}", "slice apple 1 with knife 1", "take a 1 from b 1",
+    "fly\x00", "go to ../../x 1", "{put}", "slice apple 1 with knife 1", "take a 1 from b 1",
     "go to cabinet ١"])
 def test_nonsense_changes_nothing_and_does_not_end_the_game(action, placed, newer):
     task, actions = placed

@@ -92,7 +92,8 @@ def test_a_deliberation_lists_two_candidates_with_judgements():
 def test_a_better_rollout_replaces_the_rest_of_the_trajectory():
     step = {"thought": "", "action": "b", "observation": "o"}
     row = ROW | {"reward": 0.5, "steps": [ROW["steps"][0]] * 3}
-    rollout = {"key": "a/step2/1", "candidate": "a/step2", "reward": 1.0, "steps": [step]}
+    rollout = {"key": "a/step2/1", "candidate": "a/step2", "reward": 1.0, "end": "success",
+               "steps": [step]}
     switched = switch_expert(row, [rollout, rollout | {"candidate": "a/step3"}])
     assert [s["action"] for s in switched["steps"]] == ["look around", "b"]
     assert switched["reward"] == 1.0 and switched["switched"]["rollout"] == "a/step2/1"

@@ -52,7 +52,7 @@ def answers(port):
 
 
 def ask(engine, turns=QUESTION, **sampling):
-    (_, outputs), = generate(engine, [("name", turns, GREEDY | sampling)], 1, max_live=4)
+    (_, outputs), = generate(engine, [("name", turns, GREEDY | sampling)], max_live=4)
     return outputs
 
 
@@ -80,7 +80,7 @@ def test_a_prompt_longer_than_the_context_says_so(engine):
 
 def test_every_request_is_answered_once_under_its_name(engine):
     requests = [(number, [f"Count from {number}."], GREEDY) for number in range(20)]
-    names = [name for name, _ in generate(engine, requests, len(requests), max_live=6)]
+    names = [name for name, _ in generate(engine, requests, max_live=6)]
     assert sorted(names) == list(range(20))
 
 
@@ -122,7 +122,7 @@ def test_only_the_agents_turns_are_learnt(tokenizer):
 
 
 def test_a_server_answers_like_the_engine_in_the_process(engine, server):
-    remote = ServerEngine(server, "tiny", max_live=4)
+    remote = ServerEngine(server, "tiny")
     (here,), (there,) = ask(engine), ask(remote)
     assert (here.text, here.tokens) == (there.text, there.tokens)
     assert remote.tokens_out == there.tokens and remote.tokens_in > 10
@@ -130,7 +130,7 @@ def test_a_server_answers_like_the_engine_in_the_process(engine, server):
     assert re.fullmatch("yes|no", ask(remote, regex="yes|no")[0].text)
     assert ask(remote, ["word " * 3000])[0].finish == "context"
     with pytest.raises(UserError, match="does not serve 'other' but tiny"):
-        ServerEngine(server, "other", max_live=1)
+        ServerEngine(server, "other")
 
 
 def test_a_stage_runs_through_a_server(script, server, tmp_path):
@@ -151,11 +151,11 @@ def test_a_dead_or_occupied_address_is_one_line():
         listener.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         with pytest.raises(UserError, match="no server answers"):
-            ServerEngine(address, "m", max_live=1)
+            ServerEngine(address, "m")
         listener.listen()
         threading.Thread(target=answer_as_another_program, args=(listener,), daemon=True).start()
         with pytest.raises(UserError, match="is another program using that port|no server answers|answered"):
-            ServerEngine(address, "m", max_live=1)
+            ServerEngine(address, "m")
 
 
 def answer_as_another_program(listener):

@@ -4,7 +4,7 @@ wrong; nothing else happens."""
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import common
@@ -127,12 +127,26 @@ def test_an_environment_answers_whatever_is_said(environment, actions):
         assert end in (None, "wrong focus") and (clean_action(action) or observation == NO_ACTION)
 
 
-@given(TEXT)
-@settings(deadline=None)
-def test_no_task_id_leads_out_of_the_games_folder(text):
-    for task in (text, f"alfworld/train/{text}", f"alfworld/train/{text}/game", f"alfworld/../{text}/x"):
-        try:
-            path = common.game_path(common.ROOT / "games", task)
-        except UserError:
-            continue
-        assert (common.ROOT / "games").resolve() in path.resolve().parents
+@pytest.fixture(scope="module")
+def houses(tmp_path_factory):
+    """A folder of games with one game in it, and the same file in every folder around."""
+    outside = tmp_path_factory.mktemp("outside")
+    game = outside / "x" / "x" / "json_2.1.1" / "x" / "x" / "x"
+    game.mkdir(parents=True)
+    for folder in (outside, *game.parents[:5], game):
+        (folder / "game.tw-pddl").write_text("{}")
+    return outside / "x" / "x"
+
+
+@given(st.lists(st.sampled_from(["..", ".", "x", "json_2.1.1", ""]) | TEXT, max_size=8).map("/".join))
+@settings(deadline=None, max_examples=500)
+@example("x/x/x").via("the game")
+@example("../../x")
+@example("x/x/x/..")
+def test_no_task_id_leads_out_of_the_games_folder(houses, text):
+    try:
+        path = common.game_path(houses, f"alfworld/{text}")
+    except UserError:
+        assert text != "x/x/x"
+    else:
+        assert path == houses / "json_2.1.1" / "x" / "x" / "x" / "game.tw-pddl"

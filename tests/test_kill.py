@@ -8,10 +8,9 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, wait_until_gone
 
 pytestmark = pytest.mark.slow
 KILLS = 20
@@ -65,17 +64,6 @@ class Stage:
     def remove(self):
         subprocess.run(["rm", "-r", self.out], cwd=self.folder, check=True)
 
-    def processes(self):
-        """What the stage has left running."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("SAND_TEST") == self.mark:
-                    found.append(process)
-            except psutil.Error:
-                pass
-        return found
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, scripted):
@@ -115,10 +103,7 @@ def test_a_stage_killed_at_any_moment_ends_in_the_same_bytes(name, finished, scr
     assert outputs(tmp_path, name) == outputs(whole, name)
     left = {path.name for path in tmp_path.iterdir()} - before
     assert left == {out, f"{name}.meta.json"} if name != "evaluation" else left == {out}
-    deadline = time.monotonic() + 20
-    while stage.processes() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not stage.processes()
+    assert not wait_until_gone(stage.mark)
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -162,6 +147,21 @@ def tiny_model(tmp_path_factory):
 
 
 # --- Two runs at once ---------------------------------------------------------------------------------------------
+
+
+def test_what_a_kill_leaves_of_a_trainings_clean_up_is_no_hindrance(finished, tiny_model, tmp_path):
+    """Half a checkpoint with its state, and the model that was replaced: the moment is too short to be hit at random."""
+    command = ("stage5_finetune.py", "--model", tiny_model, "--data", finished[0] / "expert.jsonl", "--batch-size", 1)
+    stage = Stage(tmp_path, command, "model")
+    stage.finish()
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    left = tmp_path / "model.part"
+    (left / "replaced").mkdir(parents=True)
+    (left / "replaced" / "config.json").write_text("{}")
+    (left / "checkpoint-3").mkdir()
+    (left / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    assert "starting afresh" in stage.finish()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights and not left.exists()
 
 
 def test_a_second_run_is_told_who_writes_the_output_and_takes_over_from_a_dead_one(finished, scripted, tmp_path):

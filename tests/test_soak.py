@@ -6,8 +6,7 @@ import psutil
 import pytest
 
 from common import EnvironmentPool, Episode, alfworld_tasks, list_tasks, play, write_practice_games
-from conftest import MOVES
-from test_faults import started_by
+from conftest import MOVES, wait_until_gone
 from test_scheduler import Scripted
 
 pytestmark = pytest.mark.slow
@@ -46,6 +45,7 @@ def mebibytes(processes):
 
 @pytest.mark.parametrize("env", MOVES)
 def test_thousands_of_episodes_lose_nothing_and_keep_nothing(env, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAND_TEST", str(tmp_path))
     if env == "alfworld":
         write_practice_games(tmp_path, {"train": 20}, seed=0)
         monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
@@ -69,5 +69,4 @@ def test_thousands_of_episodes_lose_nothing_and_keep_nothing(env, tmp_path, monk
         print(f"\n{env}: {EPISODES} episodes, {policy.kills} kills; MiB in the first and last tenth: this process "
               f"{first[0]:.0f}, {last[0]:.0f}; workers and what they started {first[1]:.0f}, {last[1]:.0f}")
     assert last[0] < first[0] + 50 and last[1] < first[1] + 3 * 200
-    psutil.wait_procs(started_by(me), timeout=10)
-    assert not started_by(me)
+    assert not wait_until_gone(str(tmp_path))

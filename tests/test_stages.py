@@ -115,12 +115,14 @@ def test_no_flagged_step_is_no_dead_end(script, tmp_path):
     assert json.loads((tmp_path / "deliberations.jsonl").read_text())["steps"] == ROW["steps"]
 
 
-def test_a_mistyped_option_leaves_the_kept_rows_alone(script, tmp_path):
+@pytest.mark.parametrize("stage", [SAMPLE, ROLL_OUT], ids=["1", "2"])
+def test_a_mistyped_option_leaves_the_kept_rows_alone(stage, script, tmp_path):
     write(tmp_path / "expert.jsonl", ROW)
+    write(tmp_path / "candidates.jsonl", CANDIDATE)
     kept = tmp_path / "out.jsonl.part"
     write(kept, {"fingerprint": "of other settings"}, {"key": "a"})
     before = kept.read_text()
-    done = script(*SAMPLE[:-1], "./nowhere")
+    done = script(*stage[:-1], "./nowhere")
     assert done.returncode == 2 and "there is no such model folder" in done.stderr
     assert kept.read_text() == before
 
