@@ -1,7 +1,7 @@
 """What the stages of SAND share: files, trajectories, environments, the engine, the scheduler and finetuning.
 
 Sections, in order:
-    Errors and files    JSONL in and out, resumable stage outputs, prompt files
+    Errors and files    JSONL in and out, locks, sidecars, resumable stage outputs, prompt files
     Trajectories        turns of a ReAct agent, equality of actions, what counts as a deliberation
     Environments        ScienceWorld and ALFWorld behind one interface, their tasks and splits
     Worker processes    environments that step while the engine generates

@@ -300,7 +300,7 @@ def test_out_of_memory_halves_what_is_in_flight(live, engine, monkeypatch, capsy
         return execute(*arguments, **options)
 
     def requests():
-        return ((n, [f"Count from {n} to {n + 9}."], {"temperature": 0.0, "max_tokens": 12, "seed": n, "n": 1 + n % 2})
+        return ((n, [f"Count from {n} to {n + 9}."], {"temperature": n % 2, "max_tokens": 12, "seed": n, "n": 1 + n % 2})
                 for n in range(12))
 
     monkeypatch.setattr(executor, "execute_model", fail_once)
@@ -315,8 +315,8 @@ def test_out_of_memory_halves_what_is_in_flight(live, engine, monkeypatch, capsy
     assert engine.most == 4 and "out of memory with 8 requests in flight; going on with at most 4" in capsys.readouterr().err
     assert {n: len(outputs) for n, outputs in answers.items()} == {n: 1 + n % 2 for n in range(12)}
     alone = dict(generate(engine, requests(), 1))
-    same = sum(answers[n][0].text == alone[n][0].text for n in answers)
-    assert same >= 9  # bf16 rounds otherwise in other batches
+    same = sum(answers[n][0].text == alone[n][0].text for n in range(0, 12, 2))
+    assert same >= 4  # bf16 rounds otherwise in other batches
 
 
 # --- Files --------------------------------------------------------------------------------------------------------

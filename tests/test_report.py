@@ -187,11 +187,12 @@ def test_an_evaluation_of_an_earlier_run_is_left_out_and_named(finished, capsys)
     assert "left out SAND-1: " in capsys.readouterr().err
 
 
-def test_half_an_evaluation_is_named(finished, tmp_path):
+def test_half_an_evaluation_is_named(finished, tmp_path, capsys):
     path = finished / "iter1" / "eval-unseen.jsonl"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(UserError, match="iter1/eval-unseen.jsonl:3: not valid JSON"):
+    with pytest.raises(UserError, match="were made on different tasks"):
         evaluations(finished)
+    assert "iter1/eval-unseen.jsonl: dropped its last line, number 3" in capsys.readouterr().err
     path.write_text("")
     with pytest.raises(UserError, match="iter1/eval-unseen.jsonl: has no rows"):
         evaluations(finished)
