@@ -228,7 +228,7 @@ verify: ## compare RUN's files with what their sidecars say of inputs, prompts, 
 test: $(READY) $(PACKAGED)/config.json ## the tests, all of them, set-up included
 	$(PYTHON) -m pytest -q tests $(PYTEST)
 
-bench: $(BASE) ## what the speed rests on, against the ways it replaces; half an hour on two cores
+bench: $(BASE) ## what the speed rests on, against the ways it replaces; three quarters of an hour on two cores
 	$(PYTHON) tests/bench.py --model $(MODEL) --out runs/bench.json $(BENCH)
 
 clean: ## remove this run's results

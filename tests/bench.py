@@ -154,12 +154,11 @@ def growth(table: Table, args: argparse.Namespace, engine: LocalEngine) -> None:
     with running(live, tasks[0]) as pool:
         for _ in progress(range(args.rounds), desc="growth"):
             for (episodes, times), spent in sizes.items():
-                recorder = Recorder(engine)
-                arguments = (recorder, pool, tasks[:episodes * live], times * turns, args.max_tokens)
-                spent.append(1000 * cost(engine, roll_out, *arguments)[0] / len(recorder.requests))
+                arguments = (engine, pool, tasks[:episodes * live], times * turns, args.max_tokens)
+                spent.append(1000 * cost(engine, roll_out, *arguments)[1])  # a token: later turns may be longer
     for (episodes, times), spent in list(sizes.items())[1:]:
         what = f"{episodes}x the episodes" if episodes > 1 else f"{times}x the turns"
-        table.add(f"rollouts, {what}, against 1x", "ms a turn", spent, sizes[1, 1])
+        table.add(f"rollouts, {what}, against 1x", "ms a token", spent, sizes[1, 1])
 
 
 # --- Environments -------------------------------------------------------------------------------------------------
