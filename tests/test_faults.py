@@ -46,13 +46,13 @@ def java(worker):
 
 def played(pool, policy):
     episodes = play([Episode(task, task) for task in TASKS], policy, pool, {}, seed=1, max_turns=6)
-    return {each.key: (each.instruction, each.steps, each.reward, each.end) for each in episodes}, episodes
+    return {each.key: (each.instruction, each.steps, each.reward, each.end) for each in episodes}
 
 
 @pytest.fixture(scope="module")
 def undisturbed():
     with EnvironmentPool("scienceworld", 2) as pool:
-        return played(pool, Scripted(MOVES["scienceworld"]))[0]
+        return played(pool, Scripted(MOVES["scienceworld"]))
 
 
 HARM = {"Java is killed": lambda worker: java(worker).kill(), "Java hangs": lambda worker: java(worker).suspend(),
@@ -66,7 +66,7 @@ def test_an_episode_whose_environment_fails_is_replayed_on_a_fresh_one(harm, und
         policy = Harmful(pool, HARM[harm])
         monkeypatch.setattr(common, "LONGEST_ANSWER", 12)
         first = pool.workers[0][0].pid
-        assert played(pool, policy)[0] == undisturbed
+        assert played(pool, policy) == undisturbed
         assert policy.after <= 0 and pool.workers[0][0].pid != first
     assert not wait_until_gone(harm)
 

@@ -77,7 +77,7 @@ def finished(tmp_path_factory, scripted):
 
 
 def at(command, address):
-    """The command with the server's address and, to show that it does not matter, another number in flight."""
+    """The command, with the server's address where it generates."""
     return (*command, "--api-base", address) if "--model" in command else command
 
 
@@ -96,6 +96,7 @@ def test_a_stage_killed_at_any_moment_ends_in_the_same_bytes(name, finished, scr
     before = {path.name for path in tmp_path.iterdir()}
     out = name if name == "evaluation" else f"{name}.jsonl"
     stage = Stage(tmp_path, at(STAGES[name], scripted), out)
+    # Another number in flight, to show that it does not matter.
     stage.command = ["2" if word == "4" and last == "--max-live" else word
                      for last, word in zip(["", *stage.command], stage.command)]
     stage.kill_at_random_moments(seconds[name])
@@ -146,9 +147,6 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-# --- Two runs at once ---------------------------------------------------------------------------------------------
-
-
 def test_what_a_kill_leaves_of_a_trainings_clean_up_is_no_hindrance(finished, tiny_model, tmp_path):
     """Half a checkpoint with its state, and the model that was replaced: the moment is too short to be hit at random."""
     command = ("stage5_finetune.py", "--model", tiny_model, "--data", finished[0] / "expert.jsonl", "--batch-size", 1)
@@ -162,6 +160,9 @@ def test_what_a_kill_leaves_of_a_trainings_clean_up_is_no_hindrance(finished, ti
     (left / "checkpoint-3" / "trainer_state.json").write_text("{}")
     assert "starting afresh" in stage.finish()
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights and not left.exists()
+
+
+# --- Two runs at once ---------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_is_told_who_writes_the_output_and_takes_over_from_a_dead_one(finished, scripted, tmp_path):
