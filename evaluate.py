@@ -258,10 +258,11 @@ def evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
     Raises UserError where one is not whole, or where two were made on other tasks: they could not be compared.
     """
     names = {"base": "base", "base-example": "base, one example", "iter0": "SFT"}
-    for variant, suffix in {"": "", "no-sas": " w/o SAS", "no-eac": " w/o EAC"}.items():
+    for variant, label in {"": "SAND-{}", "more-sft": "SFT, as long as SAND-{}", "self-critic": "SAND-{} judging itself",
+                           "no-sas": "SAND-{} w/o SAS", "no-eac": "SAND-{} w/o EAC"}.items():
         found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
         for path in sorted(found, key=lambda path: int(path.name[4:])):
-            names[path.relative_to(folder).as_posix()] = f"SAND-{path.name[4:]}{suffix}"
+            names[path.relative_to(folder).as_posix()] = label.format(path.name[4:])
     for path in sorted(folder.glob("*/best-of-*")):
         of = names.get(path.parent.name, path.parent.name)
         names[path.relative_to(folder).as_posix()] = f"{of}, best of {path.name.removeprefix('best-of-')}"
@@ -326,17 +327,28 @@ def with_interval(splits: list[list[float]], sign: str = "") -> str:
     return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
+def as_long(name: str) -> str | None:
+    """The control of a SAND model: SFT on the expert data for as many tokens."""
+    iteration = re.match(r"SAND-\d+", name)
+    return f"SFT, as long as {iteration[0]}" if iteration else None
+
+
 def reward_section(models: dict) -> list[str]:
     sizes = {split: len(next(iter(models.values()))[split]) for split in TEST_SPLITS}
     lines = ["## Average reward (tables 2 and 3)", "",
-             "95 % bootstrap intervals over tasks; the difference to SFT is paired, on the same tasks.", ""]
-    rows = []
-    for name, splits in models.items():
-        against = "" if name == "SFT" or "SFT" not in models else with_interval(
-            [differences(splits, models["SFT"], split) for split in TEST_SPLITS], "+")
-        rows.append([name, *(with_interval([rewards(splits, split)]) for split in TEST_SPLITS),
-                     with_interval([rewards(splits, split) for split in TEST_SPLITS]), against])
-    lines += table(["model", *(f"{split} (n={sizes[split]})" for split in TEST_SPLITS), "average", "against SFT"], rows)
+             "95 % bootstrap intervals over tasks; differences are paired, on the same tasks. SFT, as long as SAND-k: "
+             "finetuned on the expert data again, for as many training tokens as SAND-k.", ""]
+
+    def against(name: str, reference: str | None) -> str:
+        if name == reference or reference not in models:
+            return ""
+        return with_interval([differences(models[name], models[reference], split) for split in TEST_SPLITS], "+")
+
+    rows = [[name, *(with_interval([rewards(splits, split)]) for split in TEST_SPLITS),
+             with_interval([rewards(splits, split) for split in TEST_SPLITS]), against(name, "SFT"),
+             against(name, as_long(name))] for name, splits in models.items()]
+    lines += table(["model", *(f"{split} (n={sizes[split]})" for split in TEST_SPLITS), "average", "against SFT",
+                    "against SFT as long"], rows)
     failed = {name: sum(bool(failure(row["end"])) for row in both(splits)) for name, splits in models.items()}
     if any(failed.values()):
         lines += ["Episodes that failed for good, with an environment or a server, count with the reward they had reached: "

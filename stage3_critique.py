@@ -19,16 +19,14 @@ import re
 import time
 from collections import Counter
 
-from common import (ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies, duration, failure,
-                    failures_last, fill_dialogue, first_sentences, generate_checked, leak_in, make_engine, normalise,
+from common import (REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies, duration, failure,
+                    failures_last, fill_dialogue, first_sentences, generate_checked, leak_in, literally, make_engine,
                     progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage, settings_of, share,
                     steps_text)
 
 TAG = "Action Evaluation:"
-SENTENCE = r"[A-Z][^\n.!?*]{20,160}\."
 POSSIBLE = re.compile(r"\bis (?:also |indeed |quite )?(?:possible|valid|feasible)\b", re.IGNORECASE)
 IMPOSSIBLE = re.compile(r"\bis (?:not|never) (?:possible|valid|feasible)\b|\bis (?:impossible|invalid)\b", re.IGNORECASE)
-SMALL_WORDS = {"from", "into", "with", "inventory", "around"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,6 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rollouts", required=True, metavar="JSONL", help="what stage 2 wrote for them")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
+    parser.add_argument("--guided", action="store_true", help="hold the first try to the form of a retry: the verdict that "
+                        "follows from the rollout, then a reason of the model's; for small base models, which else judge "
+                        "as the wind blows")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history and the first "
                         "K of the future, for base models that lose the thread in long prompts; default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=200)
@@ -51,17 +52,10 @@ def critique_prompt(rollout: dict, trajectory: dict, shown: int | None) -> list[
                          history=steps_text(trajectory["steps"][:step - 1], last=shown))
 
 
-def subjects(action: str) -> list[str]:
-    """The words that name what an action is about: mug and countertop of "take mug 2 from countertop 1"."""
-    words = [word for word in re.findall("[a-z]{3,}", normalise(action)) if word not in SMALL_WORDS]
-    return words[1:] or words
-
-
 def critique_form(rollout: dict) -> str:
-    """Figure 5's output format as a regular expression, its first sentence about the action: for models that do not find
-    it by themselves."""
-    about = "|".join(subjects(rollout["action"])) or "action"
-    return rf"{TAG} [A-Z][^\n.!?*]{{5,60}} (?:{about})[^\n.!?*]{{10,120}}\. {SENTENCE} {SENTENCE}"
+    """The shortest critique as a regular expression, for models that cannot judge by themselves: the verdict is the
+    environment's, the reason the model's."""
+    return rf"{TAG} {literally(verdict(rollout))}, {REASON}"
 
 
 def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[str, str | None]:
@@ -81,22 +75,20 @@ def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[st
         return text, "repeats itself"
     if copies(text, prompt):
         return text, "copies the prompt"
-    if not any(word in text.lower() for word in subjects(rollout["action"])):
-        return text, "not about the action"
     if (IMPOSSIBLE if rollout["valid"] else POSSIBLE).search(text):
         return text, "contradicts the environment"
     return text, None
 
 
-def factual_critique(rollout: dict) -> str:
-    """What can be said without the model: whether the action was possible, and how the episode ended."""
+def verdict(rollout: dict) -> str:
+    """What the environment says of an action, without its reason: whether it was possible and how the episode ended."""
     if not rollout["valid"]:
-        return "This is not possible in the current situation, so it would only waste a turn."
+        return "This is not possible here and only wastes a turn"
     if rollout["reward"] >= 0.999:
-        return "This is possible here and leads on to completing the task."
-    if rollout["reward"] > 0:
-        return f"This is possible here, but tends to get only {100 * rollout['reward']:.0f} percent of the task done."
-    return "This is possible here, but tends to get nothing of the task done."
+        return "This is possible and leads on to completing the task"
+    if len(rollout["steps"]) == 1:
+        return "This is possible, but a grave mistake that ends the task unfinished"
+    return "This is possible, but does not lead on to completing the task"
 
 
 def main() -> None:
@@ -115,7 +107,7 @@ def main() -> None:
         return critique_prompt(rollout, trajectories[rollout["trajectory"]], args.shown_steps)
 
     def request(rollout: dict, attempt: int) -> tuple[list[str], dict]:
-        form = {"regex": critique_form(rollout)} if attempt else {}
+        form = {"regex": critique_form(rollout)} if attempt or args.guided else {}
         return prompt(rollout), retry_sampling(args, rollout["key"], attempt) | form
 
     def check(rollout: dict, output: Output) -> tuple[str, str | None]:
@@ -130,7 +122,7 @@ def main() -> None:
                                     lambda result: failure((result[2] or [""])[-1]), len(rollouts))
             for rollout, text, refused in progress(results, total=len(todo), desc="critique"):
                 output.write({"key": rollout["key"], "candidate": rollout["candidate"], "action": rollout["action"],
-                              "critique": text or factual_critique(rollout), "fallback": text is None,
+                              "critique": text or verdict(rollout) + ".", "fallback": text is None,
                               "refused": refused})
             print(engine.usage())
         rows = [output.done[key] for key in rollouts]

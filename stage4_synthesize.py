@@ -20,14 +20,16 @@ The ablations of table 3: without --rollouts and --critiques the candidates come
 from __future__ import annotations
 
 import argparse
+import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
 
-from common import (CANDIDATES, CRITIQUE, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
-                    check_model, copies, duration, failure, failures_last, fill_dialogue, generate_checked, leak_in,
-                    listed_candidates, literally, make_engine, normalise, parse_turn, progress, prompt_path, read_rows,
-                    repeats_itself, retry_sampling, run_stage, settings_of, share, steps_text)
+from common import (CANDIDATES, CRITIQUE, REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
+                    check_model, copies, duration, failure, failures_last, fill_dialogue, first_sentences, generate_checked,
+                    leak_in, listed_candidates, literally, make_engine, normalise, parse_turn, progress, prompt_path,
+                    read_rows, repeats_itself, retry_sampling, run_stage, settings_of, share, stable_seed, steps_text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,6 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
+    parser.add_argument("--guided", action="store_true", help="hold the first try to the form of a retry: the model writes "
+                        "look back and reason, the critiques' first sentences are the judgements; for small base models")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
                         "default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
@@ -70,15 +74,17 @@ def step_of(candidate_key: str) -> int:
 # --- Synthesis ----------------------------------------------------------------------------------------------------
 
 
-def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]]) -> list[dict]:
+def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]], seed: int) -> list[dict]:
     """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to compare.
+
+    The candidates come in random order: if the expert's were always the first, the policy would learn to take the first.
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"],
              "action": trajectory["steps"][row["step"] - 1]["action"],
-             "candidates": compared}
+             "candidates": random.Random(stable_seed(seed, row["key"])).sample(compared, len(compared))}
             for row in candidates if row["flagged"] and row["step"] <= last
             for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1]
 
@@ -102,13 +108,27 @@ def deliberation_prompt(item: dict, args: argparse.Namespace) -> list[str]:
 
 
 def deliberation_form(item: dict) -> str:
-    """Figure 6's output format as a regular expression: a sentence, a bullet for each candidate, the comparison."""
-    line = r"[A-Z][^\n]{20,140}\."
+    """What is left to a model that cannot keep figure 6's format, as a regular expression: the look back and the reason.
+
+    Where the candidates are not judged yet, it judges them as well.
+    """
+    line, action = r"[A-Z][^\n]{20,140}\.", literally(item["action"])
+    judged = "".join(rf"- {literally(row['action'])}: {line}\n" for row in item["candidates"] or ()
+                     if "critique" not in row)
     if item["candidates"] is None:
-        bullets = rf"- {literally(item['action'])}: {line}\n(- [a-z][^\n:]{{2,60}}: {line}\n){{1,5}}"
-    else:
-        bullets = "".join(rf"- {literally(row['action'])}: {line}\n" for row in item["candidates"])
-    return rf"Thought: {line}\n\n{bullets}\n{line}\nAction: {literally(item['action'])}"
+        judged = rf"- {action}: {line}\n(- [a-z][^\n:]{{2,60}}: {line}\n){{1,5}}"
+    return rf"Thought: {line}\n{judged}I choose to {action}, {REASON}"
+
+
+def whole_turn(item: dict, text: str) -> str:
+    """The turn that an output stands for: one in deliberation_form is put together, with the first sentences of the
+    critiques as judgements and the expert's action at the end; any other is figure 6's whole text already."""
+    text = text.strip()
+    if not re.fullmatch(deliberation_form(item), text):
+        return text
+    look_back, *judged, choice = text.split("\n")
+    judged = judged or [f"- {row['action']}: {first_sentences(row['critique'], 1)}" for row in item["candidates"]]
+    return "\n".join([look_back, "", *judged, "", choice, f"Action: {item['action']}"])
 
 
 def lists_its_candidates(thought: str, item: dict) -> bool:
@@ -121,7 +141,7 @@ def lists_its_candidates(thought: str, item: dict) -> bool:
 
 def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[str, str | None]:
     """(the thought; None or why it is of no use)."""
-    turn = parse_turn(output.text)
+    turn = parse_turn(whole_turn(item, output.text))
     thought = turn["thought"]
     if normalise(turn["action"]) != normalise(item["action"]):
         return thought, "no action line" if not turn["action"] else "another action than the expert's"
@@ -129,7 +149,8 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
         return thought, "bullets are not the candidates"
     if leak_in(thought):
         return thought, "speaks of the scratch-pad"
-    if any(repeats_itself(line) for line in thought.split("\n")):  # two actions may well deserve the same judgement
+    lines = [line.partition(": ")[2] if line.startswith("- ") else line for line in thought.split("\n")]
+    if any(map(repeats_itself, lines)):  # line by line: two actions may well deserve the same judgement
         return thought, "repeats itself"
     if copies(thought, prompt[:-1]):
         return thought, "copies the example"
@@ -167,11 +188,12 @@ def main() -> None:
             if step["flagged"] and found != needed:
                 raise UserError(f"{args.critiques}: '{step['key']}' needs {needed} critiques and has {found}; "
                                 "run stages 2 and 3 again")
-        items = plan_proposals(row) if args.propose else plan_steps(row, candidates.get(row["key"], []), critiques)
+        items = plan_proposals(row) if args.propose else plan_steps(
+            row, candidates.get(row["key"], []), critiques, args.seed)
         plan |= {item["key"]: item for item in items}
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:
-        form = {"regex": deliberation_form(item)} if attempt else {}
+        form = {"regex": deliberation_form(item)} if attempt or args.guided else {}
         return deliberation_prompt(item, args), retry_sampling(args, item["key"], attempt) | form
 
     def check(item: dict, output: Output) -> tuple[str, str | None]:

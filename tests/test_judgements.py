@@ -6,8 +6,8 @@ import re
 import pytest
 
 import common
-from common import Output, UserError, fill_dialogue, is_deliberation, literally
-from stage3_critique import check_critique, critique_form, critique_prompt, factual_critique
+from common import Output, UserError, fill_dialogue, is_deliberation, listed_candidates, literally
+from stage3_critique import check_critique, critique_form, critique_prompt, verdict
 from stage4_synthesize import check_deliberation, deliberation_form, deliberation_prompt, plan_proposals, plan_steps
 
 STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
@@ -49,10 +49,8 @@ def test_a_good_critique_is_taken_without_its_tag_and_cut_to_three_sentences():
     ("Action Evaluation: Good.", "too short"),
     ("Action Evaluation: The mug led to a final reward of 0.5 in the end.", "speaks of the simulation"),
     ("Action Evaluation: The mug is what I need. The mug is what I need.", "repeats itself"),
-    ("Action Evaluation: I like this plan very much indeed.", "not about the action"),
     ("Action Evaluation: Taking the mug is not possible here at all.", "contradicts the environment"),
-    ("Action Evaluation: The mug is here. To focus on the wrong thing is a grave mistake that cannot be taken back.",
-     "copies the prompt"),
+    ("Action Evaluation: The mug is here. Which must be found in the task and the current state.", "copies the prompt"),
 ])
 def test_a_critique_of_no_use_is_refused_with_the_reason(text, reason):
     assert judge(text)[1] == reason
@@ -67,16 +65,21 @@ def test_praise_for_a_refused_action_contradicts_the_environment():
     assert judge(f"Action Evaluation: {GOOD}", valid=False)[1] == "contradicts the environment"
 
 
-def test_a_critique_in_its_form_has_the_tag_and_speaks_of_the_action():
-    assert re.fullmatch(critique_form(ROLLOUT), f"Action Evaluation: {GOOD}")
-    assert not re.fullmatch(critique_form(ROLLOUT), f"Action Evaluation: {GOOD.replace('mug', 'pan').replace('shelf', 'pan')}")
-
-
-def test_the_plain_sentence_says_what_happened():
-    assert "not possible" in factual_critique(ROLLOUT | {"valid": False})
-    assert "completing the task" in factual_critique(ROLLOUT | {"reward": 1.0})
-    assert "50 percent" in factual_critique(ROLLOUT)
-    assert "nothing of the task" in factual_critique(ROLLOUT | {"reward": 0.0})
+@pytest.mark.parametrize("outcome, said", [
+    ({"valid": False, "reward": 1.0}, "not possible here"),
+    ({"reward": 1.0}, "possible and leads on to completing the task"),
+    ({"reward": 0.5}, "possible, but does not lead on to completing the task"),
+    ({"reward": 0.0, "steps": ROLLOUT["steps"][:1]}, "possible, but a grave mistake that ends the task"),
+])
+def test_a_held_critique_gives_the_environments_verdict_and_a_reason(outcome, said):
+    rollout = ROLLOUT | outcome
+    assert said in verdict(rollout)
+    critique = f"{verdict(rollout)}, as the task asks for a mug and I see none on this shelf."
+    assert re.fullmatch(critique_form(rollout), f"Action Evaluation: {critique}")
+    assert judge(f"Action Evaluation: {critique}", **outcome) == (critique, None)
+    for change in (("This is", "This may be"), (", as", ""), ("the task asks", "the agent asks")):
+        wrong = critique.replace(*change)
+        assert not re.fullmatch(critique_form(rollout), f"Action Evaluation: {wrong}")
 
 
 def test_the_critique_prompt_shows_history_action_future_and_reward():
@@ -93,10 +96,20 @@ def deliberate(text):
     return check_deliberation(ITEM, deliberation_prompt(ITEM, OPTIONS), written(text))
 
 
-def test_a_good_deliberation_fits_its_form_and_is_taken():
-    assert re.fullmatch(deliberation_form(ITEM), DELIBERATION)
+def test_a_good_deliberation_is_taken():
     thought, reason = deliberate(DELIBERATION)
     assert reason is None and is_deliberation(thought) and "Action:" not in thought
+
+
+def test_a_held_deliberation_is_put_together_from_the_critiques_and_what_the_model_wrote():
+    written = ("Thought: The second drawer held nothing but spoons.\n"
+               "I choose to go to drawer 3, because I have not seen yet what it holds.")
+    assert re.fullmatch(deliberation_form(ITEM), written)
+    thought, reason = deliberate(written)
+    assert reason is None
+    assert thought == ("The second drawer held nothing but spoons.\n\n- go to drawer 3: It may hold a mug.\n"
+                       "- take mug (blue) 1: There is none.\n\nI choose to go to drawer 3, because I have not seen yet "
+                       "what it holds.")
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -105,24 +118,41 @@ def test_a_good_deliberation_fits_its_form_and_is_taken():
     (("- take mug (blue) 1: I have not seen such a mug anywhere.\n", ""), "bullets are not the candidates"),
     (("An unopened", "The scratch-pad says that an unopened"), "speaks of the scratch-pad"),
     (("so I go there.", "so I go there, and an unopened drawer may still hide a mug."), "repeats itself"),
-    (("An unopened", "It is within reach, and I need a pot that can go on the stove. An unopened"), "copies the example"),
 ])
 def test_a_deliberation_of_no_use_is_refused_with_the_reason(change, reason):
     assert deliberate(DELIBERATION.replace(*change))[1] == reason
 
 
+def test_a_deliberation_that_copies_an_example_is_refused():
+    example = ["a task", "Thought: An unopened drawer may still hide a mug, so I go there.\nAction: go", "the next task"]
+    assert check_deliberation(ITEM, example, written(DELIBERATION))[1] == "copies the example"
+
+
 def test_only_flagged_steps_with_two_candidates_are_deliberated_and_none_after_a_switch():
     rows = [{"key": f"a/step{t}", "step": t, "flagged": t != 2, "actions": [{}] * (1 if t == 3 else 2)} for t in (1, 2, 3, 4)]
     critiques = {row["key"]: CRITIQUES[:len(row["actions"])] for row in rows}
-    assert [item["step"] for item in plan_steps(TRAJECTORY, rows, critiques)] == [1, 4]
+    assert [item["step"] for item in plan_steps(TRAJECTORY, rows, critiques, 0)] == [1, 4]
     switched = TRAJECTORY | {"switched": {"step": 2}}
-    assert [item["step"] for item in plan_steps(switched, rows, critiques)] == [1]
+    assert [item["step"] for item in plan_steps(switched, rows, critiques, 0)] == [1]
 
 
 def test_without_critiques_the_candidates_are_listed_bare():
     rows = [{"key": "a/step3", "step": 3, "flagged": True, "actions": [{"action": "go to drawer 3"}, {"action": "wait"}]}]
-    (item,) = plan_steps(TRAJECTORY, rows, {})
-    assert "- go to drawer 3\n- wait\n" in deliberation_prompt(item, OPTIONS)[-1]
+    (item,) = plan_steps(TRAJECTORY, rows, {}, 0)
+    prompt = deliberation_prompt(item, OPTIONS)[-1]
+    assert "- go to drawer 3\n" in prompt and "- wait\n" in prompt
+    actions = [row["action"] for row in item["candidates"]]
+    held = ["Thought: I looked into two drawers already.", *(f"- {action}: I can do this right here." for action in actions),
+            "I choose to go to drawer 3, as I have not seen what it holds."]
+    thought, reason = check_deliberation(item, deliberation_prompt(item, OPTIONS), written("\n".join(held)))
+    assert reason is None and listed_candidates(thought) == actions
+
+
+def test_the_experts_action_is_not_told_by_its_place():
+    rows = [{"key": f"a/step{t}", "step": t, "flagged": True, "actions": CRITIQUES} for t in range(1, 5)]
+    firsts = {item["candidates"][0]["action"] for seed in range(3) for item in plan_steps(TRAJECTORY, rows, {}, seed)}
+    assert firsts == {row["action"] for row in CRITIQUES}
+    assert plan_steps(TRAJECTORY, rows, {}, 0) == plan_steps(TRAJECTORY, rows, {}, 0)
 
 
 def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():
@@ -130,7 +160,6 @@ def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step()
     assert [item["action"] for item in items] == [step["action"] for step in STEPS]
     options = argparse.Namespace(shown_steps=None, propose=2)
     assert "and 2 other actions" in deliberation_prompt(items[2], options)[-1]
-    assert re.fullmatch(deliberation_form(items[2]), DELIBERATION)
     prompt = deliberation_prompt(items[2], options)
     assert check_deliberation(items[2], prompt, written(DELIBERATION))[1] is None
     alone = DELIBERATION.replace("- take mug (blue) 1: I have not seen such a mug anywhere.\n", "")
