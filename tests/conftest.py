@@ -75,6 +75,19 @@ def engine():
     return LocalEngine(str(MODEL), 2048, 0)
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The packaged model's tokenizer and architecture with weights small enough to train in a second."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+    folder = tmp_path_factory.mktemp("tiny")
+    config = AutoConfig.from_pretrained(MODEL, num_hidden_layers=2, hidden_size=36, intermediate_size=64,
+                                        num_attention_heads=3, num_key_value_heads=3, head_dim=12)
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     """An OpenAI-compatible server of the model "m"; subclasses say how a request for completions is answered."""
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from conftest import MODEL, ROOT, wait_until_gone
+from conftest import ROOT, wait_until_gone
 
 pytestmark = pytest.mark.slow
 KILLS = 20
@@ -132,19 +132,6 @@ def test_a_training_goes_on_from_its_last_checkpoint(finished, tiny_model, tmp_p
     process.communicate()
     assert "going on from model.part/checkpoint-" in stage.finish()
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.meta.json"}
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """The packaged model's tokenizer and architecture with weights small enough to train in a second."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-    folder = tmp_path_factory.mktemp("tiny")
-    config = AutoConfig.from_pretrained(MODEL, num_hidden_layers=2, hidden_size=36, intermediate_size=64,
-                                        num_attention_heads=3, num_key_value_heads=3, head_dim=12)
-    set_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
-    return folder
 
 
 def test_what_a_kill_leaves_of_a_trainings_clean_up_is_no_hindrance(finished, tiny_model, tmp_path):

@@ -122,6 +122,8 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("TEMPERATURE=0.9", ITERATION),
     ("TEST_TASKS=2", ["evaluate run"] * 3),
     ("TASKS=3", ["stage0_sft expert", "stage0_sft train", "evaluate run", *ITERATION]),
+    ("CRITIC=some/other", ITERATION[2:]),
+    ("GUIDED=", ITERATION[2:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),
@@ -194,6 +196,10 @@ def test_help_lists_targets_and_current_values(project):
 
 def test_an_ablation_leaves_out_its_stages_and_leaves_the_run_as_it_is(project):
     assert project.plan("VARIANT=no-sas", "ITERS=2") == scripts(*ITERATION[3:], *ITERATION[3:])
+    assert project.plan("VARIANT=self-critic", "CRITIC=some/other") == scripts(*ITERATION[2:])
+    assert project.plan("VARIANT=more-sft") == scripts("stage0_sft train", "evaluate run")
+    status, _, stderr = project.make("-n", "all", "VARIANT=more-sft", "ITERS=2")
+    assert status == 2 and "VARIANT=more-sft trains as long as SAND did" in stderr
     assert project.plan("VARIANT=no-eac", "ITERS=2") == scripts(*ITERATION[3:], "stage1_sample", *ITERATION[3:])
     assert project.plan() == []
 

@@ -25,6 +25,7 @@ from evaluate import (
     refused_rate,
     report,
     reward_per_step,
+    reward_section,
     show,
     success_by_turn,
 )
@@ -162,10 +163,19 @@ def test_the_figures_show_the_data(finished):
 
 
 def test_variants_and_baselines_stand_beside_the_run(finished):
-    for folder in ("no-sas/iter1", "no-eac/iter1", "base-example", "iter0/best-of-5", "iter2"):
+    for folder in ("more-sft/iter1", "self-critic/iter1", "no-sas/iter1", "no-eac/iter1", "base-example",
+                   "iter0/best-of-5", "iter2"):
         write(finished, folder, [0, 0, 0])
     assert list(evaluations(finished)) == [
-        "base", "base, one example", "SFT", "SAND-1", "SAND-2", "SAND-1 w/o SAS", "SAND-1 w/o EAC", "SFT, best of 5"]
+        "base", "base, one example", "SFT", "SAND-1", "SAND-2", "SFT, as long as SAND-1", "SAND-1 judging itself",
+        "SAND-1 w/o SAS", "SAND-1 w/o EAC", "SFT, best of 5"]
+
+
+def test_sand_is_compared_with_sft_of_the_same_length(finished):
+    write(finished, "more-sft/iter1", [1, 1, 1])
+    cells = {row[1].strip(): row[-3:-1] for line in reward_section(evaluations(finished)) if (row := line.split("|"))[1:]}
+    assert [cell.split()[0] for cell in cells["SAND-1"]] == ["+0.250", "-0.250"]
+    assert [cell.strip() for cell in cells["SFT"]] == ["", ""] and cells["SFT, as long as SAND-1"][1].strip() == ""
 
 
 def test_evaluations_on_other_tasks_are_not_compared(finished):

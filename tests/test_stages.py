@@ -240,6 +240,23 @@ def test_a_finetuned_model_is_a_plain_folder_that_has_learnt(script, tmp_path, o
     AutoTokenizer.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_a_control_trains_on_as_many_tokens_as_the_model_it_is_compared_with(script, tmp_path, tiny_model):
+    longer = ROW | {"steps": [STEP | {"thought": "I look at what is here and wonder what it is good for."}] * 3}
+    write(tmp_path / "expert.jsonl", *(longer | {"key": key} for key in "abcd"))
+    write(tmp_path / "plain.jsonl", ROW)
+    train = ("stage0_sft.py", "train", "--model", tiny_model, "--batch-size", 1)
+    assert script(*train, "--data", "expert.jsonl", "--epochs", 2, "--out", "sand").returncode == 0
+    done = script(*train, "--data", "plain.jsonl", "--as-long-as", "sand", "--out", "control")
+    assert done.returncode == 0, done.stderr
+    sand, control = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("sand", "control"))
+    assert control["tokens"] < sand["tokens"]
+    spent = control["optimizer_steps"] * control["tokens"]  # one trajectory a step
+    assert 2 * sand["tokens"] <= spent < 2 * sand["tokens"] + control["tokens"]
+    done = script(*train, "--data", "plain.jsonl", "--as-long-as", tiny_model, "--out", "none")
+    assert done.returncode == 2 and "training.json: does not say how long that model was trained" in done.stderr
+
+
 def test_nothing_that_unpickles_is_in_the_code():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         if path.name != "test_stages.py":
