@@ -43,8 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
-    parser.add_argument("--guided", action="store_true", help="hold the first try to the form of a retry: the model writes "
-                        "look back and reason, the critiques' first sentences are the judgements; for small base models")
+    parser.add_argument("--guided", action="store_true", help="hold the first try to the form of a retry: critiques' first "
+                        "sentences are the judgements, the model gives the reason of the choice; for small base models")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
                         "default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
@@ -108,16 +108,17 @@ def deliberation_prompt(item: dict, args: argparse.Namespace) -> list[str]:
 
 
 def deliberation_form(item: dict) -> str:
-    """What is left to a model that cannot keep figure 6's format, as a regular expression: the look back and the reason.
+    """What is left to a model that cannot keep figure 6's format, as a regular expression: the reason of the choice.
 
-    Where the candidates are not judged yet, it judges them as well.
+    Where the candidates are not judged yet, it judges them as well. There is no look back: small models announce the
+    choice in it, and a policy that has learnt to choose first deliberates for show.
     """
     line, action = r"[A-Z][^\n]{20,140}\.", literally(item["action"])
     judged = "".join(rf"- {literally(row['action'])}: {line}\n" for row in item["candidates"] or ()
                      if "critique" not in row)
     if item["candidates"] is None:
         judged = rf"- {action}: {line}\n(- [a-z][^\n:]{{2,60}}: {line}\n){{1,5}}"
-    return rf"Thought: {line}\n{judged}I choose to {action}, {REASON}"
+    return rf"{judged}I choose to {action}, {REASON}"
 
 
 def whole_turn(item: dict, text: str) -> str:
@@ -126,9 +127,9 @@ def whole_turn(item: dict, text: str) -> str:
     text = text.strip()
     if not re.fullmatch(deliberation_form(item), text):
         return text
-    look_back, *judged, choice = text.split("\n")
+    *judged, choice = text.split("\n")
     judged = judged or [f"- {row['action']}: {first_sentences(row['critique'], 1)}" for row in item["candidates"]]
-    return "\n".join([look_back, "", *judged, "", choice, f"Action: {item['action']}"])
+    return "\n".join([*judged, "", choice, f"Action: {item['action']}"])
 
 
 def lists_its_candidates(thought: str, item: dict) -> bool:

@@ -102,14 +102,11 @@ def test_a_good_deliberation_is_taken():
 
 
 def test_a_held_deliberation_is_put_together_from_the_critiques_and_what_the_model_wrote():
-    written = ("Thought: The second drawer held nothing but spoons.\n"
-               "I choose to go to drawer 3, because I have not seen yet what it holds.")
-    assert re.fullmatch(deliberation_form(ITEM), written)
-    thought, reason = deliberate(written)
-    assert reason is None
-    assert thought == ("The second drawer held nothing but spoons.\n\n- go to drawer 3: It may hold a mug.\n"
-                       "- take mug (blue) 1: There is none.\n\nI choose to go to drawer 3, because I have not seen yet "
-                       "what it holds.")
+    choice = "I choose to go to drawer 3, because I have not seen yet what it holds."
+    assert re.fullmatch(deliberation_form(ITEM), choice)
+    thought, reason = deliberate(choice)
+    assert reason is None and is_deliberation(thought)
+    assert thought == f"- go to drawer 3: It may hold a mug.\n- take mug (blue) 1: There is none.\n\n{choice}"
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -142,7 +139,7 @@ def test_without_critiques_the_candidates_are_listed_bare():
     prompt = deliberation_prompt(item, OPTIONS)[-1]
     assert "- go to drawer 3\n" in prompt and "- wait\n" in prompt
     actions = [row["action"] for row in item["candidates"]]
-    held = ["Thought: I looked into two drawers already.", *(f"- {action}: I can do this right here." for action in actions),
+    held = [*(f"- {action}: I can do this right here." for action in actions),
             "I choose to go to drawer 3, as I have not seen what it holds."]
     thought, reason = check_deliberation(item, deliberation_prompt(item, OPTIONS), written("\n".join(held)))
     assert reason is None and listed_candidates(thought) == actions
