@@ -62,10 +62,14 @@ MAX_TOKENS ?= 384
 MAX_LIVE ?= 16
 SHOWN_STEPS ?= 2
 GUIDED ?= yes
-TASKS ?= 210
-TEST_TASKS ?= 70
 ifeq ($(ENV),scienceworld)
-TYPES ?= find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived
+# The types with a turn limit of at most 30.
+TYPES ?= chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color,find-animal,find-living-thing,find-non-living-thing,find-plant,grow-plant,identify-life-stages-1,identify-life-stages-2,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,power-component,power-component-renewable-vs-nonrenewable-energy,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
+TASKS ?= 170
+TEST_TASKS ?= 85
+else
+TASKS ?= 200
+TEST_TASKS ?= 70
 endif
 else ifeq ($(PROFILE),paper)
 MODEL ?= meta-llama/Llama-3.1-8B-Instruct
