@@ -52,7 +52,7 @@ else ifeq ($(PROFILE),small)
 MODEL ?= $(PACKAGED)
 CRITIC ?= $(PACKAGED_CRITIC)
 ITERS ?= 1
-N ?= 5
+N ?= 4
 EPOCHS ?= 3
 LATER_EPOCHS ?= 1
 LEARNING_RATE ?= 5e-4
@@ -65,7 +65,7 @@ GUIDED ?= yes
 ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30.
 TYPES ?= chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color,find-animal,find-living-thing,find-non-living-thing,find-plant,grow-plant,identify-life-stages-1,identify-life-stages-2,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,power-component,power-component-renewable-vs-nonrenewable-energy,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
-TASKS ?= 170
+TASKS ?= 102
 TEST_TASKS ?= 85
 else
 TASKS ?= 200

@@ -497,7 +497,7 @@ NO_ACTION = 'No action found. Answer with "Action: " followed by your next actio
 ACTION_LINE = re.compile(r"^[ \t]*Action:[ \t]*(\S.*)$", re.MULTILINE)
 BULLET = re.compile(r"^- +(\S[^\n]*?): +\S", re.MULTILINE)
 TURN = ("thought", "action", "text", "tokens")  # the fields of a step that are the agent's
-LONGEST_SHOWN = 400  # characters of an observation in the base model's prompts
+LONGEST_SHOWN = 1000  # characters of an observation in the base model's prompts
 LONGEST_ACTION = 200  # characters; no action of either environment comes near
 
 
@@ -607,7 +607,8 @@ def literally(text: str) -> str:
 
 
 # A reason of the base model's in a form that it is held to, in the agent's own voice.
-REASON = r"(because|since|as) (I|it|this|there|the task|the ([^a\n.!?*:]|a[^g\n.!?*:])) ?[^\n.!?*:]{15,120}\."
+# "The agent ..." would be somebody else, and "the task is ..." no reason.
+REASON = r"(because|since|as) (I |it |this |there |the ([b-su-z]|a[^g\n]|t[^a\n]))[^\n.!?*:]{15,120}\."
 
 
 def repeats_itself(text: str) -> bool:

@@ -77,16 +77,23 @@ def step_of(candidate_key: str) -> int:
 def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]], seed: int) -> list[dict]:
     """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to compare.
 
-    The candidates come in random order: if the expert's were always the first, the policy would learn to take the first.
+    The candidates come in the order of how often the policy sampled them, equals by lot: if the expert's were always in
+    the same place, the policy would learn to take that, and in a random order it finds no end of its list.
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"],
              "action": trajectory["steps"][row["step"] - 1]["action"],
-             "candidates": random.Random(stable_seed(seed, row["key"])).sample(compared, len(compared))}
+             "candidates": by_preference(compared, row, seed)}
             for row in candidates if row["flagged"] and row["step"] <= last
             for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1]
+
+
+def by_preference(compared: list[dict], row: dict, seed: int) -> list[dict]:
+    counts = {action["action"]: action["count"] for action in row["actions"]}
+    lot = random.Random(stable_seed(seed, row["key"]))
+    return sorted(compared, key=lambda candidate: (-counts[candidate["action"]], lot.random()))
 
 
 def plan_proposals(trajectory: dict) -> list[dict]:

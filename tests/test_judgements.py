@@ -74,10 +74,10 @@ def test_praise_for_a_refused_action_contradicts_the_environment():
 def test_a_held_critique_gives_the_environments_verdict_and_a_reason(outcome, said):
     rollout = ROLLOUT | outcome
     assert said in verdict(rollout)
-    critique = f"{verdict(rollout)}, as the task asks for a mug and I see none on this shelf."
+    critique = f"{verdict(rollout)}, as there is no mug on this shelf that I could take."
     assert re.fullmatch(critique_form(rollout), f"Action Evaluation: {critique}")
     assert judge(f"Action Evaluation: {critique}", **outcome) == (critique, None)
-    for change in (("This is", "This may be"), (", as", ""), ("the task asks", "the agent asks")):
+    for change in (("This is", "This may be"), (", as", ""), ("as there", "as the agent"), ("as there", "as the task")):
         wrong = critique.replace(*change)
         assert not re.fullmatch(critique_form(rollout), f"Action Evaluation: {wrong}")
 
@@ -126,7 +126,9 @@ def test_a_deliberation_that_copies_an_example_is_refused():
 
 
 def test_only_flagged_steps_with_two_candidates_are_deliberated_and_none_after_a_switch():
-    rows = [{"key": f"a/step{t}", "step": t, "flagged": t != 2, "actions": [{}] * (1 if t == 3 else 2)} for t in (1, 2, 3, 4)]
+    actions = [{"action": row["action"], "count": 1} for row in CRITIQUES]
+    rows = [{"key": f"a/step{t}", "step": t, "flagged": t != 2, "actions": actions[:1 if t == 3 else 2]}
+            for t in (1, 2, 3, 4)]
     critiques = {row["key"]: CRITIQUES[:len(row["actions"])] for row in rows}
     assert [item["step"] for item in plan_steps(TRAJECTORY, rows, critiques, 0)] == [1, 4]
     switched = TRAJECTORY | {"switched": {"step": 2}}
@@ -134,7 +136,8 @@ def test_only_flagged_steps_with_two_candidates_are_deliberated_and_none_after_a
 
 
 def test_without_critiques_the_candidates_are_listed_bare():
-    rows = [{"key": "a/step3", "step": 3, "flagged": True, "actions": [{"action": "go to drawer 3"}, {"action": "wait"}]}]
+    rows = [{"key": "a/step3", "step": 3, "flagged": True,
+             "actions": [{"action": "go to drawer 3", "count": 0}, {"action": "wait", "count": 1}]}]
     (item,) = plan_steps(TRAJECTORY, rows, {}, 0)
     prompt = deliberation_prompt(item, OPTIONS)[-1]
     assert "- go to drawer 3\n" in prompt and "- wait\n" in prompt
@@ -145,10 +148,15 @@ def test_without_critiques_the_candidates_are_listed_bare():
     assert reason is None and listed_candidates(thought) == actions
 
 
-def test_the_experts_action_is_not_told_by_its_place():
-    rows = [{"key": f"a/step{t}", "step": t, "flagged": True, "actions": CRITIQUES} for t in range(1, 5)]
+def test_candidates_come_in_the_order_of_how_often_they_were_sampled():
+    actions = [{"action": "go to drawer 3", "count": 1}, {"action": "take mug (blue) 1", "count": 2}]
+    (item,) = plan_steps(TRAJECTORY, [{"key": "a/step3", "step": 3, "flagged": True, "actions": actions}],
+                         {"a/step3": CRITIQUES}, 0)
+    assert item["candidates"] == CRITIQUES[::-1]
+    equals = [row | {"count": 1} for row in actions]
+    rows = [{"key": f"a/step{t}", "step": t, "flagged": True, "actions": equals} for t in range(1, 5)]
     firsts = {item["candidates"][0]["action"] for seed in range(3) for item in plan_steps(TRAJECTORY, rows, {}, seed)}
-    assert firsts == {row["action"] for row in CRITIQUES}
+    assert firsts == {row["action"] for row in equals}  # the expert's is not told by its place
     assert plan_steps(TRAJECTORY, rows, {}, 0) == plan_steps(TRAJECTORY, rows, {}, 0)
 
 
