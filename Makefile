@@ -66,9 +66,11 @@ ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30.
 TYPES ?= chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color,find-animal,find-living-thing,find-non-living-thing,find-plant,grow-plant,identify-life-stages-1,identify-life-stages-2,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,power-component,power-component-renewable-vs-nonrenewable-energy,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
 TASKS ?= 102
+SFT_FIRST ?= 46
 TEST_TASKS ?= 85
 else
 TASKS ?= 200
+SFT_FIRST ?= 100
 TEST_TASKS ?= 70
 endif
 else ifeq ($(PROFILE),paper)
@@ -89,6 +91,8 @@ ifeq ($(filter scienceworld alfworld,$(ENV)),)
 $(error ENV is '$(ENV)'; it can be scienceworld or alfworld)
 endif
 CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
+SFT_FIRST ?=#             SFT sees only the first so many trajectories, and iteration 1 deliberates on the others: small
+#                         models learn theirs by heart and then find no mistakes there
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
 SEED ?= 0
@@ -124,7 +128,7 @@ iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-u
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED SFT_FIRST EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -169,6 +173,8 @@ endef
 SELECT = $(if $(TYPES),--task-types $(strip $(TYPES))) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
 EXPERT_OPTIONS = --env $(strip $(ENV)) $(if $(TASKS),--num-tasks $(strip $(TASKS))) $(SELECT) $(if $(strip $(PUBLISHED)),--published $(strip $(PUBLISHED)))
 TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED))
+FIRST = $(if $(strip $(SFT_FIRST)),--first $(strip $(SFT_FIRST)))
+SKIP = $(if $(strip $(SFT_FIRST)),--skip $(strip $(SFT_FIRST)))
 ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
@@ -176,7 +182,8 @@ BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(GUIDED),--guided) $(if $(SHOWN_S
 SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(TRAIN_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(FIRST) $(TRAIN_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/sample1,$(SKIP)))
 $(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/base,$(MODEL)))
@@ -195,7 +202,7 @@ $(R)/expert.jsonl: stage0_sft.py common.py $(TASK_TABLE) $(strip $(PUBLISHED)) $
 	$(PYTHON) stage0_sft.py expert $(EXPERT_OPTIONS) --out $@
 
 $(R)/iter0/model/config.json: $(R)/expert.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
-	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $(@D)
+	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(FIRST) $(TRAIN_OPTIONS) --out $(@D)
 
 $(call evals,$(R)/base) &: evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
 	$(PYTHON) evaluate.py run --model $(MODEL) $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
@@ -215,8 +222,8 @@ sampled = $(if $(filter no-sas,$(VARIANT)),,$(call candidates,$1))
 judged = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1) $(call folder,$1)/critiques.jsonl)
 
 define iteration
-$(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
-	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
+$(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample $(if $(filter 1,$1),$(R)/.uses/sample1) | $(READY)
+	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(if $(filter 1,$1),$(SKIP)) $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
 $(call rollouts,$1): $(call candidates,$1) stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
 	$(PYTHON) stage2_rollout.py --model $(call policy,$1) --trajectories $(call experts,$1) --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/critiques.jsonl: $(call rollouts,$1) stage3_critique.py common.py prompts/critique.txt $(I)/.uses/critique | $(call packaged,$(JUDGE))

@@ -1701,6 +1701,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the finetuned model goes")
     group = parser.add_argument_group("finetuning (section 5.3)")
     group.add_argument("--epochs", type=float, default=epochs, help="default: %(default)s")
+    group.add_argument("--first", type=int, metavar="N", help="only the first N trajectories; default: all")
     group.add_argument("--as-long-as", metavar="FOLDER", help="instead of --epochs: as many training tokens as this model "
                        "had, for a control that differs in nothing but its data")
     group.add_argument("--learning-rate", type=float, default=1e-5, help="with a cosine schedule; default: %(default)s")
@@ -1778,7 +1779,7 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    trajectories = read_rows(args.data, TRAJECTORY)
+    trajectories = read_rows(args.data, TRAJECTORY)[:args.first]
     check_model_folder(args.model)
     import torch
     from safetensors import SafetensorError

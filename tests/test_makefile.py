@@ -123,6 +123,7 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("TEST_TASKS=2", ["evaluate run"] * 3),
     ("TASKS=3", ["stage0_sft expert", "stage0_sft train", "evaluate run", *ITERATION]),
     ("CRITIC=some/other", ITERATION[2:]),
+    ("SFT_FIRST=1", ["stage0_sft train", "evaluate run", *ITERATION]),
     ("GUIDED=", ITERATION[2:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),

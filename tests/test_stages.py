@@ -49,6 +49,11 @@ def test_a_missing_file_names_the_stage_to_run(refuses):
     assert "expert.jsonl: cannot be read (No such file" in refuses(*SAMPLE)
 
 
+def test_skipping_all_trajectories_is_refused(refuses, tmp_path):
+    write(tmp_path / "expert.jsonl", ROW)
+    assert "expert.jsonl: has 1 trajectories, --skip 1 leaves none" in refuses(*SAMPLE, "--skip", 1)
+
+
 def test_a_broken_line_is_named(refuses, tmp_path):
     write(tmp_path / "expert.jsonl", ROW, '{"key": \n')
     assert "expert.jsonl:2: not valid JSON" in refuses(*SAMPLE)
