@@ -65,8 +65,8 @@ GUIDED ?= yes
 ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30.
 TYPES ?= chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color,find-animal,find-living-thing,find-non-living-thing,find-plant,grow-plant,identify-life-stages-1,identify-life-stages-2,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,power-component,power-component-renewable-vs-nonrenewable-energy,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
-TASKS ?= 102
-SFT_FIRST ?= 46
+TASKS ?= 170
+SFT_FIRST ?= 76
 TEST_TASKS ?= 85
 else
 TASKS ?= 200
