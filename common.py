@@ -84,7 +84,7 @@ ROLLOUT = {"key": str, "candidate": str, "action": str, "source": str, "steps": 
 CRITIQUE = {"key": str, "candidate": str, "action": str, "critique": str, "fallback": bool}
 EPISODE = {"key": str, "env": str, "task": str, "split": str, "instruction": str, "steps": list,
            "reward": (int, float), "end": str, "tokens": int}
-CANDIDATE = {"action": str, "thought": str, "source": str}
+CANDIDATE = {"action": str, "thought": str, "source": str, "count": int}
 INNER = [(TRAJECTORY, "steps", STEP), (ROLLOUT, "steps", STEP), (CANDIDATES, "actions", CANDIDATE),
          (EPISODE, "steps", STEP | {"text": str, "tokens": int})]  # (rows, their field, what it is a list of)
 
