@@ -25,19 +25,21 @@ $(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, self-critic or more-s
 endif
 ITERS ?= 1
 endif
-ifeq ($(PROFILE),laptop)
-MODEL ?= $(PACKAGED)
-ITERS ?= 2
-N ?= 3
 EPOCHS ?= 3
 LATER_EPOCHS ?= 1
+ifneq ($(filter laptop small,$(PROFILE)),)
+MODEL ?= $(PACKAGED)
+MAX_LIVE ?= 16
+SHOWN_STEPS ?= 2
+GUIDED ?= yes
+endif
+ifeq ($(PROFILE),laptop)
+ITERS ?= 2
+N ?= 3
 LEARNING_RATE ?= 2e-3
 BATCH ?= 1
 LORA_RANK ?= 16
 MAX_TOKENS ?= 192
-MAX_LIVE ?= 16
-SHOWN_STEPS ?= 2
-GUIDED ?= yes
 ifeq ($(ENV),scienceworld)
 TYPES ?= find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived
 TASKS ?= 8
@@ -49,19 +51,13 @@ TEST_TASKS ?= 4
 MAX_TURNS ?= 15
 endif
 else ifeq ($(PROFILE),small)
-MODEL ?= $(PACKAGED)
 CRITIC ?= $(PACKAGED_CRITIC)
 ITERS ?= 1
 N ?= 4
-EPOCHS ?= 3
-LATER_EPOCHS ?= 1
 LEARNING_RATE ?= 5e-4
 BATCH ?= 4
 LORA_RANK ?= 0
 MAX_TOKENS ?= 384
-MAX_LIVE ?= 16
-SHOWN_STEPS ?= 2
-GUIDED ?= yes
 ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30.
 TYPES ?= chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color,find-animal,find-living-thing,find-non-living-thing,find-plant,grow-plant,identify-life-stages-1,identify-life-stages-2,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,power-component,power-component-renewable-vs-nonrenewable-energy,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
@@ -77,8 +73,6 @@ else ifeq ($(PROFILE),paper)
 MODEL ?= meta-llama/Llama-3.1-8B-Instruct
 ITERS ?= 3
 N ?= 5
-EPOCHS ?= 3
-LATER_EPOCHS ?= 1
 LEARNING_RATE ?= 1e-5
 BATCH ?= 64
 LORA_RANK ?= 0
@@ -119,7 +113,6 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 ENV_PROMPTS := prompts/$(strip $(ENV)).txt
 TASK_TABLE := $(if $(filter scienceworld,$(ENV)),prompts/scienceworld_tasks.txt)
-
 
 .PHONY: all iter study baselines report verify test bench help venv data games clean FORCE
 
@@ -173,8 +166,8 @@ endef
 SELECT = $(if $(TYPES),--task-types $(strip $(TYPES))) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
 EXPERT_OPTIONS = --env $(strip $(ENV)) $(if $(TASKS),--num-tasks $(strip $(TASKS))) $(SELECT) $(if $(strip $(PUBLISHED)),--published $(strip $(PUBLISHED)))
 TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED))
-FIRST = $(if $(strip $(SFT_FIRST)),--first $(strip $(SFT_FIRST)))
-SKIP = $(if $(strip $(SFT_FIRST)),--skip $(strip $(SFT_FIRST)))
+FIRST = $(addprefix --first ,$(SFT_FIRST))
+SKIP = $(addprefix --skip ,$(SFT_FIRST))
 ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
@@ -215,9 +208,9 @@ policy = $(call folder,$(call before,$1))/model
 experts = $(if $(filter 1,$1),$(R)/expert.jsonl,$(call folder,$(call before,$1))/deliberations.jsonl)
 # What stage 4 is given: stages 1 to 3, stage 1 alone (no-eac), or nothing (no-sas). A variant shares the first samples and
 # rollouts.
-first = $(if $(filter 1,$1),$(R),$(I))/iter$1
-candidates = $(call first,$1)/candidates.jsonl
-rollouts = $(call first,$1)/rollouts.jsonl
+shared = $(if $(filter 1,$1),$(R),$(I))/iter$1
+candidates = $(call shared,$1)/candidates.jsonl
+rollouts = $(call shared,$1)/rollouts.jsonl
 sampled = $(if $(filter no-sas,$(VARIANT)),,$(call candidates,$1))
 judged = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1) $(call folder,$1)/critiques.jsonl)
 

@@ -1558,10 +1558,12 @@ def turn_sampling(temperature: float, max_tokens: int) -> dict:
     return {"temperature": temperature, "max_tokens": max_tokens, "stop": ["\nObservation:"]}
 
 
-def retry_sampling(args: argparse.Namespace, key: str, attempt: int) -> dict:
-    """Sampling options of the base model: as asked at first, then with a little temperature."""
+def retry_sampling(args: argparse.Namespace, key: str, attempt: int, form: str) -> dict:
+    """Sampling options of the base model: as asked at first, then with a little temperature and held to a form, a regular
+    expression; with --guided, held to it from the first."""
     return {"temperature": args.temperature if attempt == 0 else max(0.5, args.temperature),
-            "max_tokens": args.max_tokens, "seed": stable_seed(args.seed, key, attempt)}
+            "max_tokens": args.max_tokens, "seed": stable_seed(args.seed, key, attempt),
+            "regex": form if attempt or args.guided else None}
 
 
 # ----------------------------------------------------------------------------------------------------------------

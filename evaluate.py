@@ -67,6 +67,7 @@ from common import (
 
 TEST_SPLITS = ("seen", "unseen")
 RESAMPLES = 10_000  # of the bootstrap
+CONTROL = "SFT, as long as {}"  # what VARIANT=more-sft is called
 
 # Average rewards of the paper's table 2 and 3, in percent, as (method, ScienceWorld seen, unseen, ALFWorld seen, unseen).
 QUOTED = [
@@ -258,7 +259,7 @@ def evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
     Raises UserError where one is not whole, or where two were made on other tasks: they could not be compared.
     """
     names = {"base": "base", "base-example": "base, one example", "iter0": "SFT"}
-    for variant, label in {"": "SAND-{}", "more-sft": "SFT, as long as SAND-{}", "self-critic": "SAND-{} judging itself",
+    for variant, label in {"": "SAND-{}", "more-sft": CONTROL.format("SAND-{}"), "self-critic": "SAND-{} judging itself",
                            "no-sas": "SAND-{} w/o SAS", "no-eac": "SAND-{} w/o EAC"}.items():
         found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
         for path in sorted(found, key=lambda path: int(path.name[4:])):
@@ -330,7 +331,7 @@ def with_interval(splits: list[list[float]], sign: str = "") -> str:
 def as_long(name: str) -> str | None:
     """The control of a SAND model: SFT on the expert data for as many tokens."""
     iteration = re.match(r"SAND-\d+", name)
-    return f"SFT, as long as {iteration[0]}" if iteration else None
+    return CONTROL.format(iteration[0]) if iteration else None
 
 
 def reward_section(models: dict) -> list[str]:

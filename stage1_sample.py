@@ -68,10 +68,11 @@ def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> 
 def main() -> None:
     args = parse_arguments()
     started = time.time()
-    trajectories = read_rows(args.trajectories, TRAJECTORY)
-    if args.skip >= len(trajectories):
-        raise UserError(f"{args.trajectories}: has {len(trajectories)} trajectories, --skip {args.skip} leaves none")
-    steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories[args.skip:] for t in range(1, len(row["steps"]) + 1)}
+    experts = read_rows(args.trajectories, TRAJECTORY)
+    trajectories = experts[args.skip:]
+    if not trajectories:
+        raise UserError(f"{args.trajectories}: has {len(experts)} trajectories, --skip {args.skip} leaves none")
+    steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
     inputs = [args.trajectories, args.model, prompt_path(trajectories[0]["env"])]
     with StageOutput(args.out, settings_of(args), inputs) as output:
         todo = [key for key in steps if key not in output.done]
@@ -96,7 +97,7 @@ def main() -> None:
         invalid = sum(not sample["action"] for row in rows for sample in row["samples"])
         failed = sum("failed" in row for row in rows)
         output.finish(rows, {"flagged": len(flagged), "invalid samples": invalid, "failed": failed})
-    print(f"{len(trajectories) - args.skip} trajectories -> {len(rows)} steps, {share(len(flagged), len(rows))} flagged, "
+    print(f"{len(trajectories)} trajectories -> {len(rows)} steps, {share(len(flagged), len(rows))} flagged, "
           f"{sum(len(row['actions']) for row in flagged)} distinct actions in them, "
           f"{share(invalid, len(rows) * args.n_samples)} samples invalid"
           f"{f', {failed} steps without samples, since the server failed' if failed else ''}; {args.out}; "

@@ -107,8 +107,7 @@ def main() -> None:
         return critique_prompt(rollout, trajectories[rollout["trajectory"]], args.shown_steps)
 
     def request(rollout: dict, attempt: int) -> tuple[list[str], dict]:
-        form = {"regex": critique_form(rollout)} if attempt or args.guided else {}
-        return prompt(rollout), retry_sampling(args, rollout["key"], attempt) | form
+        return prompt(rollout), retry_sampling(args, rollout["key"], attempt, critique_form(rollout))
 
     def check(rollout: dict, output: Output) -> tuple[str, str | None]:
         return check_critique(rollout, prompt(rollout), output)

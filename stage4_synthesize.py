@@ -121,10 +121,10 @@ def deliberation_form(item: dict) -> str:
     choice in it, and a policy that has learnt to choose first deliberates for show.
     """
     line, action = r"[A-Z][^\n]{20,140}\.", literally(item["action"])
-    judged = "".join(rf"- {literally(row['action'])}: {line}\n" for row in item["candidates"] or ()
-                     if "critique" not in row)
     if item["candidates"] is None:
         judged = rf"- {action}: {line}\n(- [a-z][^\n:]{{2,60}}: {line}\n){{1,5}}"
+    else:
+        judged = "".join(rf"- {literally(row['action'])}: {line}\n" for row in item["candidates"] if "critique" not in row)
     return rf"{judged}I choose to {action}, {REASON}"
 
 
@@ -201,8 +201,7 @@ def main() -> None:
         plan |= {item["key"]: item for item in items}
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:
-        form = {"regex": deliberation_form(item)} if attempt or args.guided else {}
-        return deliberation_prompt(item, args), retry_sampling(args, item["key"], attempt) | form
+        return deliberation_prompt(item, args), retry_sampling(args, item["key"], attempt, deliberation_form(item))
 
     def check(item: dict, output: Output) -> tuple[str, str | None]:
         return check_deliberation(item, deliberation_prompt(item, args), output)
