@@ -86,7 +86,7 @@ def verdict(rollout: dict) -> str:
         return "This is not possible here and only wastes a turn"
     if rollout["reward"] >= 0.999:
         return "This is possible and leads on to completing the task"
-    if len(rollout["steps"]) == 1:
+    if rollout["end"] == "wrong focus" and len(rollout["steps"]) == 1:
         return "This is possible, but a grave mistake that ends the task unfinished"
     return "This is possible, but does not lead on to completing the task"
 

@@ -13,7 +13,7 @@ from stage4_synthesize import check_deliberation, deliberation_form, deliberatio
 STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
 TRAJECTORY = {"key": "a", "instruction": "Find a mug.", "steps": STEPS}
 ROLLOUT = {"key": "a/step3/1", "candidate": "a/step3", "action": "take mug 1 from shelf 2", "valid": True, "reward": 0.5,
-           "steps": [{"action": "take mug 1 from shelf 2", "observation": "You take it."},
+           "end": "turn limit", "steps": [{"action": "take mug 1 from shelf 2", "observation": "You take it."},
                      {"action": "wait", "observation": "Time passes."}]}
 GOOD = ("Taking the mug is possible here and useful for the task. It stands on the shelf in plain sight. "
         "Once it is in hand, only the way to the table is left.")
@@ -69,7 +69,8 @@ def test_praise_for_a_refused_action_contradicts_the_environment():
     ({"valid": False, "reward": 1.0}, "not possible here"),
     ({"reward": 1.0}, "possible and leads on to completing the task"),
     ({"reward": 0.5}, "possible, but does not lead on to completing the task"),
-    ({"reward": 0.0, "steps": ROLLOUT["steps"][:1]}, "possible, but a grave mistake that ends the task"),
+    ({"reward": 0.0, "steps": ROLLOUT["steps"][:1]}, "possible, but does not lead on"),
+    ({"reward": 0.0, "end": "wrong focus", "steps": ROLLOUT["steps"][:1]}, "possible, but a grave mistake that ends the task"),
 ])
 def test_a_held_critique_gives_the_environments_verdict_and_a_reason(outcome, said):
     rollout = ROLLOUT | outcome
