@@ -255,7 +255,7 @@ endif
 study: ## all, then its control more-sft, its ablations and base with one example: the README's main table
 	$(MAKE) all
 	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
-	$(foreach v,self-critic no-sas no-eac,$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(R)/base-example/eval-seen.jsonl
+	$(foreach v,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-sas no-eac,$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(R)/base-example/eval-seen.jsonl
 	$(MAKE) report
 
 baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K))) ## base with one example in its prompt, SFT's best of K tries
