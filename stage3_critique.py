@@ -81,10 +81,11 @@ def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[st
 
 
 def verdict(rollout: dict) -> str:
-    """What the environment says of an action, without its reason: whether it was possible and how the episode ended."""
+    """What the environment says of an action, without its reason: whether it was possible, and whether the episode ended
+    as well as the expert's."""
     if not rollout["valid"]:
         return "This is not possible here and only wastes a turn"
-    if rollout["reward"] >= 0.999:
+    if rollout["reward"] >= min(0.999, rollout["expert_reward"]):
         return "This is possible and leads on to completing the task"
     if rollout["end"] == "wrong focus" and len(rollout["steps"]) == 1:
         return "This is possible, but a grave mistake that ends the task unfinished"
@@ -102,6 +103,7 @@ def main() -> None:
         if row["trajectory"] not in trajectories:
             raise UserError(f"{args.rollouts}: '{key}' belongs to no trajectory of {args.trajectories}; "
                             "the two files do not belong together, run stages 1 and 2 again")
+        row["expert_reward"] = trajectories[row["trajectory"]]["reward"]
 
     def prompt(rollout: dict) -> list[str]:
         return critique_prompt(rollout, trajectories[rollout["trajectory"]], args.shown_steps)
@@ -110,6 +112,8 @@ def main() -> None:
         return prompt(rollout), retry_sampling(args, rollout["key"], attempt, critique_form(rollout))
 
     def check(rollout: dict, output: Output) -> tuple[str, str | None]:
+        if args.guided and not re.fullmatch(critique_form(rollout), output.text.strip()):
+            return output.text, "not in its form"  # of a server that does not know regular expressions, or cut off
         return check_critique(rollout, prompt(rollout), output)
 
     inputs = [args.trajectories, args.rollouts, prompt_path("critique"), args.model]

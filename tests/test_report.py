@@ -173,9 +173,20 @@ def test_variants_and_baselines_stand_beside_the_run(finished):
 
 def test_sand_is_compared_with_sft_of_the_same_length(finished):
     write(finished, "more-sft/iter1", [1, 1, 1])
+    write(finished, "no-eac/iter1", [1, 1, 1])
     cells = {row[1].strip(): row[-3:-1] for line in reward_section(evaluations(finished)) if (row := line.split("|"))[1:]}
     assert [cell.split()[0] for cell in cells["SAND-1"]] == ["+0.250", "-0.250"]
     assert [cell.strip() for cell in cells["SFT"]] == ["", ""] and cells["SFT, as long as SAND-1"][1].strip() == ""
+    assert cells["SAND-1 w/o EAC"][1].strip() == ""  # it was trained for another number of tokens
+
+
+def test_a_report_says_what_every_model_was_finetuned_on(finished, capsys):
+    for model, trajectories, epochs in (("iter0", 4, 3.0), ("iter1", 9, 1.5)):
+        said = {"settings": {"epochs": epochs}, "counts": {"trajectories": trajectories, "tokens": 1000, "optimizer_steps": 7}}
+        (finished / model / "model.meta.json").write_text(json.dumps(said))
+    report(finished)
+    written = (finished / "report.md").read_text()
+    assert "| SFT | 4 | 3 | 3,000 | 7 |" in written and "| SAND-1 | 9 | 1.5 | 1,500 | 7 |" in written
 
 
 def test_evaluations_on_other_tasks_are_not_compared(finished):
@@ -195,6 +206,19 @@ def test_an_evaluation_of_an_earlier_run_is_left_out_and_named(finished, capsys)
     os.utime(finished / "iter0" / "model" / "config.json", (9, 9))  # SFT was trained again
     assert list(evaluations(finished)) == ["base", "SFT"]
     assert "left out SAND-1: " in capsys.readouterr().err
+
+
+def test_a_control_of_an_earlier_sand_is_left_out(finished, capsys):
+    write(finished, "more-sft/iter1", [1, 1, 1])
+    for n, model in enumerate(("iter0", "iter1", "more-sft/iter1")):
+        config = finished / model / "model" / "config.json"
+        config.parent.mkdir()
+        config.touch()
+        os.utime(config, (n, n))
+    assert "SFT, as long as SAND-1" in evaluations(finished)
+    os.utime(finished / "iter1" / "model" / "config.json", (9, 9))  # SAND-1 was trained again
+    assert "SFT, as long as SAND-1" not in evaluations(finished)
+    assert "left out SFT, as long as SAND-1: " in capsys.readouterr().err
 
 
 def test_half_an_evaluation_is_named(finished, tmp_path, capsys):

@@ -49,9 +49,32 @@ def test_a_missing_file_names_the_stage_to_run(refuses):
     assert "expert.jsonl: cannot be read (No such file" in refuses(*SAMPLE)
 
 
-def test_skipping_all_trajectories_is_refused(refuses, tmp_path):
+@pytest.mark.parametrize("n", [-1, 1])
+def test_the_experts_are_cut_in_two_or_not_at_all(refuses, tmp_path, n):
     write(tmp_path / "expert.jsonl", ROW)
-    assert "expert.jsonl: has 1 trajectories, --skip 1 leaves none" in refuses(*SAMPLE, "--skip", 1)
+    assert f"expert.jsonl: has 1 trajectories, --skip {n} (SFT_FIRST) leaves none" in refuses(*SAMPLE, "--skip", n)
+    assert f"expert.jsonl: has 1 trajectories, --first {n} (SFT_FIRST) must leave some" in refuses(*TRAIN, "--first", n)
+
+
+def test_skipped_trajectories_are_the_first(script, tmp_path, scripted):
+    write(tmp_path / "expert.jsonl", *(ROW | {"key": key} for key in "abc"))
+    done = script(*SAMPLE[:-1], "m", "--skip", 2, "--n-samples", 1, "--api-base", scripted)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.jsonl").read_text())["key"] == "c/step1"
+
+
+def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path):
+    write(tmp_path / "expert.jsonl", ROW)
+    write(tmp_path / "candidates.jsonl", CANDIDATE)
+    rollouts = [{"key": f"{CANDIDATE['key']}/{place}", "candidate": CANDIDATE["key"], "action": action, "source": "sample",
+                 "valid": True, "reward": 1.0, "end": "success", "steps": [STEP]}
+                for place, action in enumerate(("look around", "open door"))]
+    write(tmp_path / "rollouts.jsonl", *rollouts)
+    write(tmp_path / "critiques.jsonl", *({"key": row["key"], "candidate": row["candidate"], "action": row["action"],
+                                           "critique": "Fine.", "fallback": False} for row in rollouts))
+    files = ("--candidates", "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl")
+    message = refuses("stage4_synthesize.py", *SAMPLE[1:], *files)
+    assert "critiques.jsonl: 'scienceworld/find-animal/0/step1' needs 2 critiques and has 2, or those of other" in message
 
 
 def test_a_broken_line_is_named(refuses, tmp_path):
@@ -251,11 +274,11 @@ def test_a_control_trains_on_as_many_tokens_as_the_model_it_is_compared_with(scr
     write(tmp_path / "expert.jsonl", *(longer | {"key": key} for key in "abcd"))
     write(tmp_path / "plain.jsonl", ROW)
     train = ("stage0_sft.py", "train", "--model", tiny_model, "--batch-size", 1)
-    assert script(*train, "--data", "expert.jsonl", "--epochs", 2, "--out", "sand").returncode == 0
+    assert script(*train, "--data", "expert.jsonl", "--first", 3, "--epochs", 2, "--out", "sand").returncode == 0
     done = script(*train, "--data", "plain.jsonl", "--as-long-as", "sand", "--out", "control")
     assert done.returncode == 0, done.stderr
     sand, control = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("sand", "control"))
-    assert control["tokens"] < sand["tokens"]
+    assert control["tokens"] < sand["tokens"] and sand["trajectories"] == 3
     spent = control["optimizer_steps"] * control["tokens"]  # one trajectory a step
     assert 2 * sand["tokens"] <= spent < 2 * sand["tokens"] + control["tokens"]
     done = script(*train, "--data", "plain.jsonl", "--as-long-as", tiny_model, "--out", "none")
