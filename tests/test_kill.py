@@ -47,13 +47,15 @@ class Stage:
         return stderr
 
     def kill_at_random_moments(self, seconds):
-        """Start and kill -9 the stage KILLS times; each time that it ends before, its output goes and it begins anew."""
+        """Start and kill -9 the stage KILLS times; each time that it ends before, its output goes, it begins anew, and
+        kills come as much earlier."""
         draw, survived = random.Random(self.mark.rpartition("/")[2]), 0
         for _ in range(KILLS):
-            process = self.start()
+            started, process = time.monotonic(), self.start()
             try:
                 process.communicate(timeout=draw.uniform(0, seconds))
                 survived += 1
+                seconds = min(seconds, time.monotonic() - started)
                 self.remove()
             except subprocess.TimeoutExpired:
                 os.kill(process.pid, signal.SIGKILL)
