@@ -66,7 +66,7 @@ SFT_FIRST ?= 76
 TEST_TASKS ?= 85
 else
 TASKS ?= 200
-SFT_FIRST ?= 100
+SFT_FIRST ?= 130
 TEST_TASKS ?= 70
 endif
 else ifeq ($(PROFILE),paper)
