@@ -171,16 +171,16 @@ SELECT = $(if $(TYPES),--task-types $(strip $(TYPES))) $(if $(MAX_TURNS),--max-t
 EXPERT_OPTIONS = --env $(strip $(ENV)) $(if $(TASKS),--num-tasks $(strip $(TASKS))) $(SELECT) $(if $(strip $(PUBLISHED)),--published $(strip $(PUBLISHED)))
 TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED))
 FIRST = $(addprefix --first ,$(SFT_FIRST))
-SKIP = $(addprefix --skip ,$(SFT_FIRST))
+skip = $(if $(filter 1,$1),$(addprefix --skip ,$(SFT_FIRST)))
 ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter yes,$(GUIDED)),--guided) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
-SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)) $(if $(filter 1,$1),$(SKIP)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
+SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)) $(call skip,$1),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(FIRST) $(TRAIN_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/sample1,$(SKIP)))
+$(eval $(call remember,$(R)/.uses/sample1,$(call skip,1)))
 $(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/base,$(MODEL)))
@@ -220,7 +220,7 @@ judged = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1) $(call fol
 
 define iteration
 $(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample $(if $(filter 1,$1),$(R)/.uses/sample1) | $(READY)
-	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(if $(filter 1,$1),$(SKIP)) $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
+	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(call skip,$1) $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
 $(call rollouts,$1): $(call candidates,$1) stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
 	$(PYTHON) stage2_rollout.py --model $(call policy,$1) --trajectories $(call experts,$1) --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/critiques.jsonl: $(call rollouts,$1) stage3_critique.py common.py prompts/critique.txt $(I)/.uses/critique | $(call packaged,$(JUDGE))

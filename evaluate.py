@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from common import (
@@ -307,10 +307,12 @@ def outdated(model: Path, folder: Path) -> str | None:
     before = int(home.name[4:]) - 1
     policy = (home.parent if before > 0 else folder) / f"iter{before}" / "model" / "config.json"
     mine = home / "model" / "config.json"
-    earlier = [policy, folder / home.name / "model" / "config.json"] if home.parent.name == "more-sft" else [policy]
-    for older, newer in [*((model, mine) for model in earlier), (mine, model / "eval-unseen.jsonl")]:
-        if older.exists() and newer.exists() and newer.stat().st_mtime < older.stat().st_mtime:
-            return f"{newer} is older than {older}"
+    trained_after = [policy, folder / home.name / "model" / "config.json"] if home.parent.name == "more-sft" else [policy]
+    for earlier in trained_after:
+        files = [file for file in (earlier, mine, model / "eval-unseen.jsonl") if file.exists()]
+        for older, newer in pairwise(files):
+            if newer.stat().st_mtime < older.stat().st_mtime:
+                return f"{newer} is older than {older}"
     return None
 
 

@@ -203,6 +203,7 @@ def test_an_ablation_leaves_out_its_stages_and_leaves_the_run_as_it_is(project):
 
 
 def test_the_control_goes_on_from_sft_with_the_expert_data_as_long_as_sand_did(project):
+    assert project.plan("VARIANT=more-sft") == scripts("stage0_sft train", "evaluate run")
     status, stdout, _ = project.make("-n", "all", "VARIANT=more-sft", "ITERS=2")
     first, second = re.findall(r"stage0_sft\.py train --model (\S+) --data (\S+) --as-long-as (\S+)", stdout)
     assert status == 0 and first == ("runs/t/iter0/model", "runs/t/expert.jsonl", "runs/t/iter1/model")

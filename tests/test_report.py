@@ -206,6 +206,9 @@ def test_an_evaluation_of_an_earlier_run_is_left_out_and_named(finished, capsys)
     os.utime(finished / "iter0" / "model" / "config.json", (9, 9))  # SFT was trained again
     assert list(evaluations(finished)) == ["base", "SFT"]
     assert "left out SAND-1: " in capsys.readouterr().err
+    (finished / "iter1" / "model" / "config.json").unlink()  # without it, its evaluation is no younger
+    os.utime(finished / "iter0" / "model" / "config.json", (2e10, 2e10))
+    assert "SAND-1" not in evaluations(finished)
 
 
 def test_a_control_of_an_earlier_sand_is_left_out(finished, capsys):
