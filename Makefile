@@ -89,7 +89,7 @@ GUIDED ?= no#             yes: verdicts come from the rollouts, the base model g
 ifeq ($(filter yes no,$(GUIDED)),)
 $(error GUIDED is '$(GUIDED)'; it can be yes or no)
 endif
-SFT_FIRST ?=#             SFT sees only the first so many trajectories, and iteration 1 deliberates on the others: small
+SFT_FIRST ?=#             SFT is finetuned on the first so many trajectories, SAND and its control on the others: small
 #                         models learn theirs by heart and then find no mistakes there
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
@@ -171,21 +171,20 @@ SELECT = $(if $(TYPES),--task-types $(strip $(TYPES))) $(if $(MAX_TURNS),--max-t
 EXPERT_OPTIONS = --env $(strip $(ENV)) $(if $(TASKS),--num-tasks $(strip $(TASKS))) $(SELECT) $(if $(strip $(PUBLISHED)),--published $(strip $(PUBLISHED)))
 TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED))
 FIRST = $(addprefix --first ,$(SFT_FIRST))
-skip = $(if $(filter 1,$1),$(addprefix --skip ,$(SFT_FIRST)))
 ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter yes,$(GUIDED)),--guided) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
-SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)) $(call skip,$1),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
+SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/sft-first,$(SFT_FIRST)))
 $(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(FIRST) $(TRAIN_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/sample1,$(call skip,1)))
 $(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/base,$(MODEL)))
 $(eval $(call remember,$(I)/.uses/critique,$(BASE_OPTIONS)))
-$(eval $(call remember,$(I)/.uses/synthesize,$(BASE_OPTIONS) $(call SYNTHESIS,1)))
+$(eval $(call remember,$(I)/.uses/synthesize,$(BASE_OPTIONS) $(SYNTHESIS)))
 $(eval $(call remember,$(R)/.uses/finetune1,$(EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/finetune,$(LATER_EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/more-sft,$(TRAIN_OPTIONS)))
@@ -197,6 +196,8 @@ evals = $(foreach f,$1,$f/eval-seen.jsonl $f/eval-unseen.jsonl)
 ifeq ($(filter iter,$(MAKECMDGOALS)),)
 $(R)/expert.jsonl: stage0_sft.py common.py $(TASK_TABLE) $(strip $(PUBLISHED)) $(R)/.uses/expert | $(READY)
 	$(PYTHON) stage0_sft.py expert $(EXPERT_OPTIONS) --out $@
+$(R)/expert-rest.jsonl: $(R)/expert.jsonl $(R)/.uses/sft-first
+	tail -n +$$(($(SFT_FIRST) + 1)) $< > $@.tmp && mv $@.tmp $@
 
 $(R)/iter0/model/config.json: $(R)/expert.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
 	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(FIRST) $(TRAIN_OPTIONS) --out $(@D)
@@ -206,10 +207,11 @@ $(call evals,$(R)/base) &: evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(
 endif
 
 # ---- Stages 1 to 5 of iteration K ----
+REST := $(R)/expert$(if $(strip $(SFT_FIRST)),-rest).jsonl
 before = $(shell expr $1 - 1)
 folder = $(if $(filter 0,$1),$(R),$(I))/iter$1
 policy = $(call folder,$(call before,$1))/model
-experts = $(if $(or $(filter 1,$1),$(filter more-sft,$(VARIANT))),$(R)/expert.jsonl,$(call folder,$(call before,$1))/deliberations.jsonl)
+experts = $(if $(or $(filter 1,$1),$(filter more-sft,$(VARIANT))),$(REST),$(call folder,$(call before,$1))/deliberations.jsonl)
 # What stage 4 is given: stages 1 to 3, stage 1 alone (no-eac), or nothing (no-sas). A variant shares the first samples and
 # rollouts.
 shared = $(if $(filter 1,$1),$(R),$(I))/iter$1
@@ -219,16 +221,16 @@ sampled = $(if $(filter no-sas,$(VARIANT)),,$(call candidates,$1))
 judged = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1) $(call folder,$1)/critiques.jsonl)
 
 define iteration
-$(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample $(if $(filter 1,$1),$(R)/.uses/sample1) | $(READY)
-	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(call skip,$1) $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
+$(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
+	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
 $(call rollouts,$1): $(call candidates,$1) stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
 	$(PYTHON) stage2_rollout.py --model $(call policy,$1) --trajectories $(call experts,$1) --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/critiques.jsonl: $(call rollouts,$1) stage3_critique.py common.py prompts/critique.txt $(I)/.uses/critique | $(call packaged,$(JUDGE))
 	$(PYTHON) stage3_critique.py --trajectories $(call experts,$1) --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(call packaged,$(JUDGE))
-	$(PYTHON) stage4_synthesize.py --trajectories $$< $(addprefix --candidates ,$(call sampled,$1)) $(if $(call judged,$1),--rollouts $(firstword $(call judged,$1)) --critiques $(lastword $(call judged,$1))) $(call SYNTHESIS,$1) $(BASE_OPTIONS) $(ENGINE) --out $$@
+	$(PYTHON) stage4_synthesize.py --trajectories $$< $(addprefix --candidates ,$(call sampled,$1)) $(if $(call judged,$1),--rollouts $(firstword $(call judged,$1)) --critiques $(lastword $(call judged,$1))) $(SYNTHESIS) $(BASE_OPTIONS) $(ENGINE) --out $$@
 ifeq ($(VARIANT),more-sft)
-$(call folder,$1)/model/config.json: $(R)/expert.jsonl $(call policy,$1)/config.json $(R)/iter$1/model/config.json stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/more-sft | $(READY)
+$(call folder,$1)/model/config.json: $(call experts,$1) $(call policy,$1)/config.json $(R)/iter$1/model/config.json stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/more-sft | $(READY)
 	$(LAUNCH) stage0_sft.py train --model $(call policy,$1) --data $$< --as-long-as $(R)/iter$1/model $(TRAIN_OPTIONS) --out $$(@D)
 else
 $(call folder,$1)/model/config.json: $(call folder,$1)/deliberations.jsonl $(call policy,$1)/config.json stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)

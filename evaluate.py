@@ -346,7 +346,7 @@ def reward_section(models: dict) -> list[str]:
     sizes = {split: len(next(iter(models.values()))[split]) for split in TEST_SPLITS}
     lines = ["## Average reward (tables 2 and 3)", "",
              "95 % bootstrap intervals over tasks; differences are paired, on the same tasks. SFT, as long as SAND-k: "
-             "SFT finetuned on, with all expert trajectories as they were, for as many training tokens as SAND-k.", ""]
+             "SFT finetuned on, with the expert's trajectories as they were, for as many training tokens as SAND-k.", ""]
 
     def against(name: str, reference: str | None) -> str:
         if name == reference or reference not in models:

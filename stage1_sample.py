@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from common import (TRAJECTORY, Output, StageOutput, UserError, add_engine_options, dialogue, duration, failure, failures_last,
+from common import (TRAJECTORY, Output, StageOutput, add_engine_options, dialogue, duration, failure, failures_last,
                     generate, make_engine, normalise, parse_turn, progress, prompt_path, read_rows, run_stage, settings_of,
                     share, stable_seed, turn_sampling)
 
@@ -28,9 +28,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trajectories", required=True, metavar="JSONL", help="expert trajectories, D_exp")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--n-samples", type=int, default=5, help="N, sampled actions a step; default: %(default)s")
-    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave the first N trajectories as they are: a small "
-                        "policy knows those it was finetuned on by heart, and finds there no mistakes like those it makes "
-                        "elsewhere; default: %(default)s")
     add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
     return parser.parse_args()
 
@@ -68,11 +65,7 @@ def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> 
 def main() -> None:
     args = parse_arguments()
     started = time.time()
-    experts = read_rows(args.trajectories, TRAJECTORY)
-    if not 0 <= args.skip < len(experts):
-        raise UserError(f"{args.trajectories}: has {len(experts)} trajectories, --skip {args.skip} (SFT_FIRST) leaves none; "
-                        "skip fewer, or collect more (TASKS)")
-    trajectories = experts[args.skip:]
+    trajectories = read_rows(args.trajectories, TRAJECTORY)
     steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
     inputs = [args.trajectories, args.model, prompt_path(trajectories[0]["env"])]
     with StageOutput(args.out, settings_of(args), inputs) as output:

@@ -38,8 +38,6 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--candidates", metavar="JSONL", help="what stage 1 wrote for them")
     source.add_argument("--propose", type=int, metavar="N", help="no candidates: the base model proposes N others itself")
-    parser.add_argument("--skip", type=int, default=0, metavar="M", help="with --propose, leave the first M trajectories as "
-                        "they are, as stage 1's option does with candidates; default: %(default)s")
     parser.add_argument("--rollouts", metavar="JSONL", help="what stage 2 wrote")
     parser.add_argument("--critiques", metavar="JSONL", help="what stage 3 wrote; default: candidates are not judged")
     parser.add_argument("--out", required=True, metavar="JSONL")
@@ -184,7 +182,7 @@ def main() -> None:
     if args.critiques:
         check_model(args.critiques, args.model)
     trajectories, plan = [], {}
-    for place, row in enumerate(read_rows(args.trajectories, TRAJECTORY)):
+    for row in read_rows(args.trajectories, TRAJECTORY):
         row.pop("switched", None)  # the last iteration's
         if args.expert_switch:
             row = switch_expert(row, rollouts.get(row["key"], []))
@@ -201,10 +199,7 @@ def main() -> None:
             if step["flagged"] and judged != needed:
                 raise UserError(f"{args.critiques}: '{step['key']}' needs {len(needed)} critiques and has {len(judged)}, or "
                                 f"those of other actions than {args.candidates} has; run stages 2 and 3 again")
-        if args.propose:
-            items = plan_proposals(row) if place >= args.skip else []
-        else:
-            items = plan_steps(row, candidates.get(row["key"], []), critiques, args.seed)
+        items = plan_proposals(row) if args.propose else plan_steps(row, candidates.get(row["key"], []), critiques, args.seed)
         plan |= {item["key"]: item for item in items}
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:

@@ -212,14 +212,18 @@ def test_the_control_goes_on_from_sft_with_the_expert_data_as_long_as_sand_did(p
     assert status == 2 and "there is no runs/t/iter2/model/config.json; make it first, without VARIANT" in stdout
 
 
-def test_sft_leaves_trajectories_to_the_first_iteration(project):
-    _, stdout, _ = project.make("-n", "all", "SFT_FIRST=1", "ITERS=2")
-    (sft,) = re.findall(r"stage0_sft\.py train .*", stdout)
-    first, second = re.findall(r"stage1_sample\.py .*", stdout)
-    assert "--first 1 " in sft and "--skip 1 " in first and "--skip" not in second
-    _, stdout, _ = project.make("-n", "all", "SFT_FIRST=1", "ITERS=2", "VARIANT=no-sas")
-    first, second = re.findall(r"stage4_synthesize\.py .*", stdout)
-    assert "--propose 2 --skip 1 " in first and "--skip" not in second
+def test_sft_leaves_trajectories_to_sand_and_its_control(project):
+    assert project.make("runs/t/expert-rest.jsonl", "SFT_FIRST=1")[0] == 0
+    assert project.rows("expert-rest.jsonl") == project.rows("expert.jsonl")[1:]
+
+    def trajectories(stage, *variables):
+        _, stdout, _ = project.make("-n", "all", "SFT_FIRST=1", *variables)
+        return re.findall(stage + r"\.py .*-(?:trajectories|data) (\S+)", stdout)
+    assert re.search(r"train .*--data runs/t/expert\.jsonl .*--first 1 ", project.make("-n", "all", "SFT_FIRST=1")[1])
+    rest, later = "runs/t/expert-rest.jsonl", "runs/t/iter1/deliberations.jsonl"
+    assert trajectories("stage1_sample", "ITERS=2") == [rest, later]
+    assert trajectories("stage4_synthesize", "VARIANT=no-sas") == [rest]
+    assert trajectories("stage0_sft", "VARIANT=more-sft")[-1] == rest
 
 
 def test_a_study_is_the_run_its_control_and_its_ablations(project):

@@ -52,15 +52,7 @@ def test_a_missing_file_names_the_stage_to_run(refuses):
 @pytest.mark.parametrize("n", [-1, 1])
 def test_the_experts_are_cut_in_two_or_not_at_all(refuses, tmp_path, n):
     write(tmp_path / "expert.jsonl", ROW)
-    assert f"expert.jsonl: has 1 trajectories, --skip {n} (SFT_FIRST) leaves none" in refuses(*SAMPLE, "--skip", n)
     assert f"expert.jsonl: has 1 trajectories, --first {n} (SFT_FIRST) must leave some" in refuses(*TRAIN, "--first", n)
-
-
-def test_skipped_trajectories_are_the_first(script, tmp_path, scripted):
-    write(tmp_path / "expert.jsonl", *(ROW | {"key": key} for key in "abc"))
-    done = script(*SAMPLE[:-1], "m", "--skip", 2, "--n-samples", 1, "--api-base", scripted)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out.jsonl").read_text())["key"] == "c/step1"
 
 
 def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path):
