@@ -14,14 +14,14 @@ SHELL := /bin/bash
 PROFILE ?= laptop#        laptop: every part once on 2 cores; small: a night on 2 cores; paper: section 5.3's numbers
 ENV ?= scienceworld#      scienceworld or alfworld
 VARIANT ?=#               beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model
-#                         proposes the candidates; candidates without critiques), self-critic (MODEL judges instead of
-#                         CRITIC) or more-sft (the expert data again, for as many tokens as SAND)
+#                         proposes the candidates; candidates without critiques), no-reasons (verdicts alone), self-critic
+#                         (MODEL judges instead of CRITIC) or more-sft (the expert data again, for as many tokens as SAND)
 PACKAGED := models/SmolLM2-135M-Instruct
 PACKAGED_CRITIC := models/Qwen2.5-Coder-0.5B-Instruct
 
 ifneq ($(strip $(VARIANT)),)
-ifeq ($(filter no-sas no-eac self-critic more-sft,$(VARIANT)),)
-$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, self-critic or more-sft, or empty)
+ifeq ($(filter no-sas no-eac no-reasons self-critic more-sft,$(VARIANT)),)
+$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, no-reasons, self-critic or more-sft, or empty)
 endif
 ITERS ?= 1
 endif
@@ -31,7 +31,7 @@ ifneq ($(filter laptop small,$(PROFILE)),)
 MODEL ?= $(PACKAGED)
 MAX_LIVE ?= 16
 SHOWN_STEPS ?= 2
-GUIDED ?= yes
+GUIDED ?= reasons
 endif
 ifeq ($(PROFILE),laptop)
 ITERS ?= 2
@@ -85,9 +85,10 @@ ifeq ($(filter scienceworld alfworld,$(ENV)),)
 $(error ENV is '$(ENV)'; it can be scienceworld or alfworld)
 endif
 CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
-GUIDED ?= no#             yes: verdicts come from the rollouts, the base model gives the reasons; for small base models
-ifeq ($(filter yes no,$(GUIDED)),)
-$(error GUIDED is '$(GUIDED)'; it can be yes or no)
+GUIDED ?= no#             for small base models. reasons: verdicts come from the rollouts, the base model gives the
+#                         reasons; verdicts: these alone
+ifeq ($(filter no reasons verdicts,$(GUIDED)),)
+$(error GUIDED is '$(GUIDED)'; it can be no, reasons or verdicts)
 endif
 SFT_FIRST ?=#             SFT is finetuned on the first so many trajectories, SAND and its control on the others: small
 #                         models learn theirs by heart and then find no mistakes there
@@ -152,6 +153,7 @@ $(PACKAGED_CRITIC)/config.json: | $(READY)
 	@rm -r models/parts
 packaged = $(READY) $(if $(filter $(PACKAGED) $(PACKAGED_CRITIC),$1),$(strip $1)/config.json)
 BASE := $(call packaged,$(MODEL))
+FORM = $(if $(filter no-reasons,$(VARIANT)),verdicts,$(GUIDED))
 JUDGE = $(if $(filter self-critic,$(VARIANT)),$(MODEL),$(CRITIC))
 
 data: $(READY) ## ALFWorld's games, with the package's own download command
@@ -174,7 +176,7 @@ FIRST = $(addprefix --first ,$(SFT_FIRST))
 ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
-BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter yes,$(GUIDED)),--guided) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
+BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
 SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
@@ -261,7 +263,7 @@ endif
 study: ## all, then its control more-sft, its ablations and base with one example: the README's main table
 	$(MAKE) all
 	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
-	$(foreach v,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-sas no-eac,$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(R)/base-example/eval-seen.jsonl
+	$(foreach v,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-sas no-eac $(if $(filter-out verdicts,$(GUIDED)),no-reasons),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(R)/base-example/eval-seen.jsonl
 	$(MAKE) report
 
 baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K))) ## base with one example in its prompt, SFT's best of K tries

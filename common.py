@@ -80,7 +80,7 @@ TRAJECTORY = {"key": str, "env": str, "task": str, "split": str, "instruction": 
 STEP = {"thought": str, "action": str, "observation": str}
 CANDIDATES = {"key": str, "trajectory": str, "step": int, "samples": list, "actions": list, "flagged": bool}
 ROLLOUT = {"key": str, "candidate": str, "action": str, "source": str, "steps": list, "valid": bool,
-           "reward": (int, float), "end": str}
+           "reward": (int, float), "gained": (int, float, type(None)), "end": str}
 CRITIQUE = {"key": str, "candidate": str, "action": str, "critique": str, "fallback": bool}
 EPISODE = {"key": str, "env": str, "task": str, "split": str, "instruction": str, "steps": list,
            "reward": (int, float), "end": str, "tokens": int}
@@ -606,9 +606,15 @@ def literally(text: str) -> str:
     return re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\1", text)
 
 
+GUIDED = ("reasons", "verdicts")  # what is left to a small base model: to give reasons for verdicts, or nothing
 # A reason of the base model's in a form that it is held to, in the agent's own voice.
 # "The agent ..." would be somebody else, and "the task is ..." no reason.
 REASON = r"(because|since|as) (I |it |this |there |the ([b-su-z]|a[^g\n]|ag[^e\n]|t[^a\n]|ta[^s\n]))[^\n.!?*:]{15,120}\."
+
+
+def is_cut_off(text: str) -> bool:
+    """Whether a reason ran into the end that its form sets it, as a rule in the middle of a word."""
+    return re.search(REASON.replace("{15,120}", "{120}") + "$", text) is not None
 
 
 def repeats_itself(text: str) -> bool:

@@ -9,8 +9,10 @@ with final reward r_t. The expert's own action needs no rollout: its execution i
 row a distinct action, joined to its candidate row by key:
 
     {"key": "scienceworld/find-animal/12/step3/2", "candidate": "scienceworld/find-animal/12/step3",
-     "action": "focus on bee", "thought": "...", "source": "sample", "valid": true, "reward": 0.5, "end": "wrong focus",
-     "steps": [{"thought": "...", "action": "focus on bee", "observation": "..."}, ... to the end]}
+     "action": "focus on bee", "thought": "...", "source": "sample", "valid": true, "reward": 0.5, "gained": 0.0,
+     "end": "wrong focus", "steps": [{"thought": "...", "action": "focus on bee", "observation": "..."}, ... to the end]}
+
+`gained` is what the action itself added to the reward; null for the expert's, whose steps have none.
 """
 
 from __future__ import annotations
@@ -36,7 +38,14 @@ def parse_arguments() -> argparse.Namespace:
 def expert_rollout(key: str, candidate: dict, action: dict, trajectory: dict) -> dict:
     """The expert's action, executed: the rest of the expert trajectory and its reward."""
     rest = trajectory["steps"][candidate["step"] - 1:]
-    return rollout_row(key, candidate, action, rest, trajectory["reward"], "expert")
+    return rollout_row(key, candidate, action, rest, trajectory["reward"], None, "expert")
+
+
+def sampled_rollout(candidate: dict, action: dict, episode: Episode) -> dict:
+    """The sampled action, executed after h_{t-1}, and what the policy made of it."""
+    before, steps = episode.steps[:candidate["step"] - 1], episode.steps[candidate["step"] - 1:]
+    gained = steps[0]["reward"] - (before[-1]["reward"] if before else 0.0) if steps else 0.0
+    return rollout_row(episode.key, candidate, action, steps, episode.reward, gained, episode.end)
 
 
 def branch(key: str, candidate: dict, action: dict, trajectory: dict) -> Episode:
@@ -52,10 +61,11 @@ def determined_by(candidate: dict, action: dict, trajectory: dict) -> tuple:
     return trajectory["task"], *map(agent_turn, prefix), normalise(action["action"])
 
 
-def rollout_row(key: str, candidate: dict, action: dict, steps: list[dict], reward: float, end: str) -> dict:
+def rollout_row(key: str, candidate: dict, action: dict, steps: list[dict], reward: float,
+                gained: float | None, end: str) -> dict:
     """A rollout that failed may have no steps."""
     return {"key": key, "candidate": candidate["key"], "action": action["action"], "thought": action["thought"],
-            "source": action["source"], "reward": reward, "end": end,
+            "source": action["source"], "reward": reward, "gained": gained, "end": end,
             "valid": bool(steps) and is_valid(steps[0]["observation"]),
             "steps": [{name: step[name] for name in ("thought", "action", "observation")} for step in steps]}
 
@@ -97,8 +107,7 @@ def main() -> None:
                                         f"when it was replayed ({episode.end}); is --max-turns below its length?")
                     strays += any(mine["observation"] != theirs["observation"]
                                   for mine, theirs in zip(episode.steps[:t - 1], trajectory["steps"], strict=False))
-                    output.write(rollout_row(episode.key, candidate, action, episode.steps[t - 1:], episode.reward,
-                                             episode.end))
+                    output.write(sampled_rollout(candidate, action, episode))
                 print(engine.usage())
         rows = [expert_rollout(key, *item) if item[1]["source"] == "expert"
                 else output.done[first[determined_by(*item)]] | {"key": key, "candidate": item[0]["key"]}

@@ -19,9 +19,9 @@ import re
 import time
 from collections import Counter
 
-from common import (REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies, duration, failure,
-                    failures_last, fill_dialogue, first_sentences, generate_checked, leak_in, literally, make_engine,
-                    progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage, settings_of, share,
+from common import (GUIDED, REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies, duration, failure,
+                    failures_last, fill_dialogue, first_sentences, generate_checked, is_cut_off, leak_in,
+                    literally, make_engine, progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage, settings_of, share,
                     steps_text)
 
 TAG = "Action Evaluation:"
@@ -35,9 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rollouts", required=True, metavar="JSONL", help="what stage 2 wrote for them")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
-    parser.add_argument("--guided", action="store_true", help="hold the first try to the form of a retry: the verdict that "
-                        "follows from the rollout, then a reason of the model's; for small base models, which else judge "
-                        "as the wind blows")
+    parser.add_argument("--guided", choices=GUIDED, help="for small base models, which else judge as the wind blows: hold "
+                        "the first try to the form of a retry, the verdict that follows from the rollout and the model's "
+                        "reason; or verdicts alone, for which no model is asked")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history and the first "
                         "K of the future, for base models that lose the thread in long prompts; default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=200)
@@ -75,6 +75,8 @@ def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[st
         return text, "repeats itself"
     if copies(text, prompt):
         return text, "copies the prompt"
+    if is_cut_off(text):
+        return text, "cut off"
     if (IMPOSSIBLE if rollout["valid"] else POSSIBLE).search(text):
         return text, "contradicts the environment"
     return text, None
@@ -82,10 +84,10 @@ def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[st
 
 def verdict(rollout: dict) -> str:
     """What the environment says of an action, without its reason: whether it was possible, and whether the episode ended
-    as well as the expert's."""
+    as well as the expert's or the action itself raised the reward, whatever the policy did afterwards."""
     if not rollout["valid"]:
         return "This is not possible here and only wastes a turn"
-    if rollout["reward"] >= min(0.999, rollout["expert_reward"]):
+    if rollout["reward"] >= min(0.999, rollout["expert_reward"]) or (rollout["gained"] or 0) > 0:
         return "This is possible and leads on to completing the task"
     if rollout["end"] == "wrong focus" and len(rollout["steps"]) == 1:
         return "This is possible, but a grave mistake that ends the task unfinished"
@@ -120,14 +122,18 @@ def main() -> None:
     with StageOutput(args.out, settings_of(args), inputs) as output:
         todo = [row for key, row in rollouts.items() if key not in output.done]
         if todo:
-            engine = make_engine(args)
-            results = failures_last(generate_checked(engine, todo, request, check, args.attempts, args.max_live),
-                                    lambda result: failure((result[2] or [""])[-1]), len(rollouts))
+            if args.guided == "verdicts":
+                engine, results = None, ((rollout, verdict(rollout) + ".", []) for rollout in todo)
+            else:
+                engine = make_engine(args)
+                results = failures_last(generate_checked(engine, todo, request, check, args.attempts, args.max_live),
+                                        lambda result: failure((result[2] or [""])[-1]), len(rollouts))
             for rollout, text, refused in progress(results, total=len(todo), desc="critique"):
                 output.write({"key": rollout["key"], "candidate": rollout["candidate"], "action": rollout["action"],
                               "critique": text or verdict(rollout) + ".", "fallback": text is None,
                               "refused": refused})
-            print(engine.usage())
+            if engine:
+                print(engine.usage())
         rows = [output.done[key] for key in rollouts]
         fallbacks = sum(row["fallback"] for row in rows)
         reasons = Counter(reason for row in rows for reason in row["refused"])

@@ -20,15 +20,16 @@ The ablations of table 3: without --rollouts and --critiques the candidates come
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from common import (CANDIDATES, CRITIQUE, REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
+from common import (CANDIDATES, CRITIQUE, GUIDED, REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
                     check_model, copies, duration, failure, failures_last, fill_dialogue, first_sentences, generate_checked,
-                    leak_in, listed_candidates, literally, make_engine, normalise, parse_turn, progress, prompt_path,
+                    is_cut_off, leak_in, listed_candidates, literally, make_engine, normalise, parse_turn, progress, prompt_path,
                     read_rows, repeats_itself, retry_sampling, run_stage, settings_of, share, stable_seed, steps_text)
 
 
@@ -43,8 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
-    parser.add_argument("--guided", action="store_true", help="hold the first try to the form of a retry: critiques' first "
-                        "sentences are the judgements, the model gives the reason of the choice; for small base models")
+    parser.add_argument("--guided", choices=GUIDED, help="for small base models: hold the first try to the form of a "
+                        "retry, in which critiques' first sentences are the judgements and the model gives the reason of "
+                        "the choice; or verdicts alone, where there are critiques: the choice needs no reason then")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
                         "default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
@@ -77,8 +79,9 @@ def step_of(candidate_key: str) -> int:
 def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]], seed: int) -> list[dict]:
     """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to compare.
 
-    The candidates come in the order of how often the policy sampled them, equals by lot: if the expert's were always in
-    the same place, the policy would learn to take that, and in a random order it finds no end of its list.
+    The candidates come in the order in which the policy will prefer them: the expert's first where it was never sampled,
+    since that is what the policy is about to learn; otherwise by how often they were sampled, equals by lot. Had the
+    expert's its place always at the end, or at the front, the policy would learn the place and not the judgement.
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
@@ -91,7 +94,7 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
 
 
 def by_preference(compared: list[dict], row: dict, seed: int) -> list[dict]:
-    counts = {action["action"]: action["count"] for action in row["actions"]}
+    counts = {action["action"]: action["count"] or math.inf for action in row["actions"]}
     lot = random.Random(stable_seed(seed, row["key"]))
     return sorted(compared, key=lambda candidate: (-counts[candidate["action"]], lot.random()))
 
@@ -135,8 +138,11 @@ def whole_turn(item: dict, text: str) -> str:
     if not re.fullmatch(deliberation_form(item), text):
         return text
     *judged, choice = text.split("\n")
-    judged = judged or [f"- {row['action']}: {first_sentences(row['critique'], 1)}" for row in item["candidates"]]
-    return "\n".join([*judged, "", choice, f"Action: {item['action']}"])
+    return "\n".join([*(judged or judgements(item)), "", choice, f"Action: {item['action']}"])
+
+
+def judgements(item: dict) -> list[str]:
+    return [f"- {row['action']}: {first_sentences(row['critique'], 1)}" for row in item["candidates"]]
 
 
 def lists_its_candidates(thought: str, item: dict) -> bool:
@@ -162,7 +168,14 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
         return thought, "repeats itself"
     if copies(thought, prompt[:-1]):
         return thought, "copies the example"
+    if is_cut_off(thought):
+        return thought, "cut off"
     return thought, None
+
+
+def by_verdicts(item: dict) -> str:
+    """The deliberation thought that needs no model: the verdicts and the choice."""
+    return "\n".join([*judgements(item), "", f"I choose to {item['action']}."])
 
 
 def grouped(path: str | None, fields: dict, group: Callable[[dict], str]) -> dict[str, list[dict]]:
@@ -214,12 +227,16 @@ def main() -> None:
     with StageOutput(args.out, settings_of(args), inputs) as output:
         todo = [item for key, item in plan.items() if key not in output.done]
         if todo:
-            engine = make_engine(args)
-            results = failures_last(generate_checked(engine, todo, request, check, args.attempts, args.max_live),
-                                    lambda result: failure((result[2] or [""])[-1]), len(plan))
+            if args.guided == "verdicts" and args.critiques:
+                engine, results = None, ((item, by_verdicts(item), []) for item in todo)
+            else:
+                engine = make_engine(args)
+                results = failures_last(generate_checked(engine, todo, request, check, args.attempts, args.max_live),
+                                        lambda result: failure((result[2] or [""])[-1]), len(plan))
             for item, thought, refused in progress(results, total=len(todo), desc="synthesize"):
                 output.write({"key": item["key"], "thought": thought, "refused": refused})
-            print(engine.usage())
+            if engine:
+                print(engine.usage())
         for key, item in plan.items():
             step = item["trajectory"]["steps"][item["step"] - 1]
             written = output.done[key]

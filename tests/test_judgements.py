@@ -9,12 +9,12 @@ import common
 from common import (REASON, Output, UserError, fill_dialogue, is_deliberation, listed_candidates, literally,
                     retry_sampling)
 from stage3_critique import check_critique, critique_form, critique_prompt, verdict
-from stage4_synthesize import check_deliberation, deliberation_form, deliberation_prompt, plan_proposals, plan_steps
+from stage4_synthesize import by_verdicts, check_deliberation, deliberation_form, deliberation_prompt, plan_proposals, plan_steps
 
 STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
 TRAJECTORY = {"key": "a", "instruction": "Find a mug.", "steps": STEPS}
 ROLLOUT = {"key": "a/step3/1", "candidate": "a/step3", "action": "take mug 1 from shelf 2", "valid": True, "reward": 0.5,
-           "expert_reward": 1.0, "end": "turn limit",
+           "gained": 0.0, "expert_reward": 1.0, "end": "turn limit",
            "steps": [{"action": "take mug 1 from shelf 2", "observation": "You take it."},
                      {"action": "wait", "observation": "Time passes."}]}
 GOOD = ("Taking the mug is possible here and useful for the task. It stands on the shelf in plain sight. "
@@ -72,6 +72,7 @@ def test_praise_for_a_refused_action_contradicts_the_environment():
     ({"reward": 1.0}, "possible and leads on to completing the task"),
     ({"reward": 0.5}, "possible, but does not lead on to completing the task"),
     ({"reward": 0.8, "expert_reward": 0.8}, "possible and leads on to completing the task"),
+    ({"reward": 0.5, "gained": 0.25}, "possible and leads on to completing the task"),
     ({"reward": 0.0, "steps": ROLLOUT["steps"][:1]}, "possible, but does not lead on"),
     ({"reward": 0.0, "end": "wrong focus", "steps": ROLLOUT["steps"][:1]}, "possible, but a grave mistake that ends the task"),
 ])
@@ -92,11 +93,26 @@ def test_a_reason_is_about_anything_but_the_agent_and_the_task(subject):
     assert bool(fits) == (subject not in ("task", "agent"))
 
 
+@pytest.mark.parametrize("length, cut", [(119, False), (120, True)])
+def test_a_reason_that_its_form_cuts_off_is_sampled_again(length, cut):
+    words = "stands in plain sight on the desk by the lamp and neither drawer nor shelf nor bed has held any such mug before now, so far"
+    reason = f"since it {words[:length]}."
+    assert re.fullmatch(REASON, reason)
+    assert judge(f"Action Evaluation: {verdict(ROLLOUT)}, {reason}")[1] == ("cut off" if cut else None)
+    assert deliberate(f"I choose to go to drawer 3, {reason}")[1] == ("cut off" if cut else None)
+
+
+def test_verdicts_alone_make_a_deliberation_without_a_model():
+    thought = by_verdicts(ITEM)
+    assert is_deliberation(thought) and listed_candidates(thought) == ["go to drawer 3", "take mug (blue) 1"]
+    assert thought.endswith("\n\nI choose to go to drawer 3.")
+
+
 def test_retries_are_held_to_the_form_and_guided_first_tries_too():
-    options = argparse.Namespace(temperature=0.0, max_tokens=9, seed=0, guided=False)
+    options = argparse.Namespace(temperature=0.0, max_tokens=9, seed=0, guided=None)
     first, second = (retry_sampling(options, "a", attempt, "form") for attempt in (0, 1))
     assert (first["temperature"], first["regex"]) == (0, None) and (second["temperature"], second["regex"]) == (0.5, "form")
-    options.guided = True
+    options.guided = "reasons"
     assert retry_sampling(options, "a", 0, "form") == first | {"regex": "form"}
 
 
@@ -166,11 +182,15 @@ def test_without_critiques_the_candidates_are_listed_bare():
     assert reason is None and listed_candidates(thought) == actions
 
 
-def test_candidates_come_in_the_order_of_how_often_they_were_sampled():
+def test_candidates_come_in_the_order_in_which_the_policy_will_prefer_them():
     actions = [{"action": "go to drawer 3", "count": 1}, {"action": "take mug (blue) 1", "count": 2}]
     (item,) = plan_steps(TRAJECTORY, [{"key": "a/step3", "step": 3, "flagged": True, "actions": actions}],
                          {"a/step3": CRITIQUES}, 0)
     assert item["candidates"] == CRITIQUES[::-1]
+    actions[0]["count"] = 0  # the expert's, which the policy is about to learn
+    (item,) = plan_steps(TRAJECTORY, [{"key": "a/step3", "step": 3, "flagged": True, "actions": actions}],
+                         {"a/step3": CRITIQUES}, 0)
+    assert item["candidates"] == CRITIQUES
     equals = [row | {"count": 1} for row in actions]
     rows = [{"key": f"a/step{t}", "step": t, "flagged": True, "actions": equals} for t in range(1, 5)]
     firsts = {item["candidates"][0]["action"] for seed in range(3) for item in plan_steps(TRAJECTORY, rows, {}, seed)}

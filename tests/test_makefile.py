@@ -124,7 +124,7 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("TASKS=3", ["stage0_sft expert", "stage0_sft train", "evaluate run", *ITERATION]),
     ("CRITIC=some/other", ITERATION[2:]),
     ("SFT_FIRST=1", ["stage0_sft train", "evaluate run", *ITERATION]),
-    ("GUIDED=no", ITERATION[2:]),
+    ("GUIDED=verdicts", ITERATION[2:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),
@@ -198,6 +198,7 @@ def test_help_lists_targets_and_current_values(project):
 def test_an_ablation_leaves_out_its_stages_and_leaves_the_run_as_it_is(project):
     assert project.plan("VARIANT=no-sas", "ITERS=2") == scripts(*ITERATION[3:], *ITERATION[3:])
     assert project.plan("VARIANT=self-critic", "CRITIC=some/other") == scripts(*ITERATION[2:])
+    assert project.plan("VARIANT=no-reasons") == scripts(*ITERATION[2:])
     assert project.plan("VARIANT=no-eac", "ITERS=2") == scripts(*ITERATION[3:], "stage1_sample", *ITERATION[3:])
     assert project.plan() == []
 
@@ -231,8 +232,8 @@ def test_a_study_is_the_run_its_control_and_its_ablations(project):
         _, stdout, stderr = project.make("-n", "study", *variables)
         assert "Error" not in stderr
         return re.findall(r"^\S*make all(?: VARIANT=(\S+))?", stdout.replace("&& make", "\nmake"), re.MULTILINE)
-    assert variants() == ["", "more-sft", "no-sas", "no-eac"]
-    assert variants("CRITIC=some/other") == ["", "more-sft", "self-critic", "no-sas", "no-eac"]
+    assert variants() == ["", "more-sft", "no-sas", "no-eac", "no-reasons"]
+    assert variants("CRITIC=some/other") == ["", "more-sft", "self-critic", "no-sas", "no-eac", "no-reasons"]
 
 
 @pytest.mark.parametrize("wrong", ["GUIDED=maybe", "ENV=chess", "PROFILE=huge", "VARIANT=no-no"])

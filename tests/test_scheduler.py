@@ -10,7 +10,7 @@ import stage2_rollout
 from common import (ChatFormat, EnvironmentPool, Episode, alfworld_tasks, list_tasks, play, stable_seed,
                     write_practice_games)
 from conftest import MODEL, MOVES
-from test_stages import CANDIDATE, ROW, write
+from test_stages import CANDIDATE, ROW, STEP, write
 
 
 class Scripted:
@@ -128,6 +128,14 @@ def test_what_an_earlier_rollout_determines_is_not_played_again(tmp_path, monkey
     assert list(rollouts) == ["a/step1/0", "a/step1/1", "b/step1/0", "b/step1/1"]
     assert rollouts["b/step1/1"]["candidate"] == "b/step1"
     assert rollouts["b/step1/1"]["steps"] == rollouts["a/step1/1"]["steps"] and rollouts["a/step1/1"]["end"] == "wrong focus"
+
+
+@pytest.mark.parametrize("step, gained", [(1, 0.25), (2, 0.0), (3, 0.5)])
+def test_a_rollout_says_what_its_action_itself_gained(step, gained):
+    steps = [STEP | {"reward": reward} for reward in (0.25, 0.25, 0.75)]
+    episode = Episode("a/1", "a", steps=steps, reward=0.75, end="turn limit")
+    row = stage2_rollout.sampled_rollout({"key": "a", "step": step}, CANDIDATE["actions"][1], episode)
+    assert row["gained"] == gained and len(row["steps"]) == 4 - step
 
 
 # --- The prefix is computed once ----------------------------------------------------------------------------------

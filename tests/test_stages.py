@@ -59,7 +59,7 @@ def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path):
     write(tmp_path / "expert.jsonl", ROW)
     write(tmp_path / "candidates.jsonl", CANDIDATE)
     rollouts = [{"key": f"{CANDIDATE['key']}/{place}", "candidate": CANDIDATE["key"], "action": action, "source": "sample",
-                 "valid": True, "reward": 1.0, "end": "success", "steps": [STEP]}
+                 "valid": True, "reward": 1.0, "gained": None, "end": "success", "steps": [STEP]}
                 for place, action in enumerate(("look around", "open door"))]
     write(tmp_path / "rollouts.jsonl", *rollouts)
     write(tmp_path / "critiques.jsonl", *({"key": row["key"], "candidate": row["candidate"], "action": row["action"],
