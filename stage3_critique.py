@@ -19,10 +19,10 @@ import re
 import time
 from collections import Counter
 
-from common import (GUIDED, REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies, duration, failure,
-                    failures_last, fill_dialogue, first_sentences, generate_checked, is_cut_off, leak_in,
-                    literally, make_engine, progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage, settings_of, share,
-                    steps_text)
+from common import (GUIDED, REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies,
+                    duration, failure, failures_last, fill_dialogue, first_sentences, generate_checked, is_cut_off, leak_in,
+                    literally, make_engine, progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage,
+                    settings_of, share, steps_text)
 
 TAG = "Action Evaluation:"
 POSSIBLE = re.compile(r"\bis (?:also |indeed |quite )?(?:possible|valid|feasible)\b", re.IGNORECASE)

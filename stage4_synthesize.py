@@ -27,10 +27,11 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from common import (CANDIDATES, CRITIQUE, GUIDED, REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
-                    check_model, copies, duration, failure, failures_last, fill_dialogue, first_sentences, generate_checked,
-                    is_cut_off, leak_in, listed_candidates, literally, make_engine, normalise, parse_turn, progress, prompt_path,
-                    read_rows, repeats_itself, retry_sampling, run_stage, settings_of, share, stable_seed, steps_text)
+from common import (CANDIDATES, CRITIQUE, GUIDED, REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError,
+                    add_engine_options, check_model, copies, duration, failure, failures_last, fill_dialogue,
+                    first_sentences, generate_checked, is_cut_off, leak_in, listed_candidates, literally, make_engine,
+                    normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage,
+                    settings_of, share, stable_seed, steps_text)
 
 
 def parse_arguments() -> argparse.Namespace:

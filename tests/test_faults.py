@@ -271,7 +271,8 @@ def test_a_failed_rollout_is_neither_judged_nor_compared(script, scripted, tmp_p
     actions = [{"action": action, "thought": "", "source": "sample", "count": 1} for action in ("wait", "fly")]
     candidate = CANDIDATE | {"actions": [CANDIDATE["actions"][0], *actions]}
     rollouts = [{"key": f"{candidate['key']}/{n}", "candidate": candidate["key"], "action": action["action"], "thought": "",
-                 "source": action["source"], "valid": True, "reward": 0.5, "gained": 0.0, "end": "turn limit", "steps": ROW["steps"]}
+                 "source": action["source"], "valid": True, "reward": 0.5, "gained": 0.0, "end": "turn limit",
+                 "steps": ROW["steps"]}
                 for n, action in enumerate(candidate["actions"])]
     rollouts[1] |= {"end": "failed: the environment's process died", "steps": [], "valid": False}
     write(tmp_path / "expert.jsonl", ROW)

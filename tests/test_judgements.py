@@ -9,7 +9,8 @@ import common
 from common import (REASON, Output, UserError, fill_dialogue, is_deliberation, listed_candidates, literally,
                     retry_sampling)
 from stage3_critique import check_critique, critique_form, critique_prompt, verdict
-from stage4_synthesize import by_verdicts, check_deliberation, deliberation_form, deliberation_prompt, plan_proposals, plan_steps
+from stage4_synthesize import (by_verdicts, check_deliberation, deliberation_form, deliberation_prompt, plan_proposals,
+                               plan_steps)
 
 STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
 TRAJECTORY = {"key": "a", "instruction": "Find a mug.", "steps": STEPS}
@@ -95,7 +96,8 @@ def test_a_reason_is_about_anything_but_the_agent_and_the_task(subject):
 
 @pytest.mark.parametrize("length, cut", [(119, False), (120, True)])
 def test_a_reason_that_its_form_cuts_off_is_sampled_again(length, cut):
-    words = "stands in plain sight on the desk by the lamp and neither drawer nor shelf nor bed has held any such mug before now, so far"
+    words = ("stands in plain sight on the desk by the lamp and neither drawer nor shelf nor bed has held any such mug before "
+             "now, so far")
     reason = f"since it {words[:length]}."
     assert re.fullmatch(REASON, reason)
     assert judge(f"Action Evaluation: {verdict(ROLLOUT)}, {reason}")[1] == ("cut off" if cut else None)
