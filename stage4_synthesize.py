@@ -20,7 +20,6 @@ The ablations of table 3: without --rollouts and --critiques the candidates come
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import re
 import time
@@ -80,9 +79,9 @@ def step_of(candidate_key: str) -> int:
 def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]], seed: int) -> list[dict]:
     """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to compare.
 
-    The candidates come in the order in which the policy will prefer them: the expert's first where it was never sampled,
-    since that is what the policy is about to learn; otherwise by how often they were sampled, equals by lot. Had the
-    expert's its place always at the end, or at the front, the policy would learn the place and not the judgement.
+    The candidates come in the order of how often the policy sampled them, equals by lot; the expert's where it was never
+    sampled by lot among them all. At the end it would teach the policy to condemn what it lists first, at the front to
+    praise it, whatever it is; and in a random order altogether it finds no end of its list.
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
@@ -95,9 +94,12 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
 
 
 def by_preference(compared: list[dict], row: dict, seed: int) -> list[dict]:
-    counts = {action["action"]: action["count"] or math.inf for action in row["actions"]}
+    counts = {action["action"]: action["count"] for action in row["actions"]}
     lot = random.Random(stable_seed(seed, row["key"]))
-    return sorted(compared, key=lambda candidate: (-counts[candidate["action"]], lot.random()))
+    ranked = sorted(compared, key=lambda candidate: (-counts[candidate["action"]], lot.random()))
+    if not counts[ranked[-1]["action"]]:
+        ranked.insert(lot.randrange(len(ranked)), ranked.pop())
+    return ranked
 
 
 def plan_proposals(trajectory: dict) -> list[dict]:
