@@ -609,12 +609,14 @@ def literally(text: str) -> str:
 GUIDED = ("reasons", "verdicts")  # what is left to a small base model: to give reasons for verdicts, or nothing
 # A reason of the base model's in a form that it is held to, in the agent's own voice.
 # "The agent ..." would be somebody else, and "the task is ..." no reason.
-REASON = r"(because|since|as) (I |it |this |there |the ([b-su-z]|a[^g\n]|ag[^e\n]|t[^a\n]|ta[^s\n]))[^\n.!?*:]{15,120}\."
+REASON_OF_LENGTH = (r"(because|since|as) (I |it |this |there |the ([b-su-z]|a[^g\n]|ag[^e\n]|t[^a\n]|ta[^s\n]))"
+                    r"[^\n.!?*:]{%s}\.")
+REASON = REASON_OF_LENGTH % "15,120"
 
 
 def is_cut_off(text: str) -> bool:
     """Whether a reason ran into the end that its form sets it, as a rule in the middle of a word."""
-    return re.search(REASON.replace("{15,120}", "{120}") + "$", text) is not None
+    return re.search(REASON_OF_LENGTH % 120 + "$", text) is not None
 
 
 def repeats_itself(text: str) -> bool:
