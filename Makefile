@@ -52,6 +52,7 @@ MAX_TURNS ?= 15
 endif
 else ifeq ($(PROFILE),small)
 CRITIC ?= $(PACKAGED_CRITIC)
+REFUSALS ?= yes
 ITERS ?= 1
 N ?= 4
 LEARNING_RATE ?= 5e-4
@@ -87,8 +88,12 @@ endif
 CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
 GUIDED ?= no#             for small base models. reasons: verdicts come from the rollouts, the base model gives the
 #                         reasons; verdicts: these alone
+REFUSALS ?= no#           yes: deliberations follow refusals of their candidates, shown in finetuning and not taught
 ifeq ($(filter no reasons verdicts,$(GUIDED)),)
 $(error GUIDED is '$(GUIDED)'; it can be no, reasons or verdicts)
+endif
+ifeq ($(filter no yes,$(REFUSALS)),)
+$(error REFUSALS is '$(REFUSALS)'; it can be no or yes)
 endif
 SFT_FIRST ?=#             SFT is finetuned on the first so many trajectories, SAND and its control on the others: small
 #                         models learn theirs by heart and then find no mistakes there
@@ -126,7 +131,7 @@ iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-u
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED SFT_FIRST EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED REFUSALS SFT_FIRST EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -177,7 +182,7 @@ ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
-SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
+SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH) $(if $(filter yes,$(REFUSALS)),--refusals)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/sft-first,$(SFT_FIRST)))

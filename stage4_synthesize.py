@@ -11,7 +11,9 @@ after the last attempt the step keeps its old thought. Unflagged steps keep thei
 
 Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. Steps that deliberate have
 "deliberated": true, those that fell back "fallback": [reasons]. With --expert-switch, a rollout whose reward beats the
-expert's replaces the rest of the trajectory from its step on; the row then says so in "switched".
+expert's replaces the rest of the trajectory from its step on; the row then says so in "switched". With --refusals, steps
+carry in "refusals" turns of the policy that the environment refused there; finetuning shows them before the step without
+learning them, since an agent that has never seen a refusal repeats it to the end of the episode.
 
 The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC); with
 --propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS).
@@ -43,6 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--critiques", metavar="JSONL", help="what stage 3 wrote; default: candidates are not judged")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
+    parser.add_argument("--refusals", action="store_true", help="let a deliberation follow none to all, by lot, of its "
+                        "candidates that the environment refused, as turns which are shown and not learnt")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
     parser.add_argument("--guided", choices=GUIDED, help="for small base models: hold the first try to the form of a "
                         "retry, in which critiques' first sentences are the judgements and the model gives the reason of "
@@ -50,7 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
                         "default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.refusals and not args.rollouts:
+        parser.error("--refusals needs --rollouts, which say what was refused")
+    return args
 
 
 # --- The expert switch --------------------------------------------------------------------------------------------
@@ -100,6 +107,18 @@ def by_preference(compared: list[dict], row: dict, seed: int) -> list[dict]:
     if not counts[ranked[-1]["action"]]:
         ranked.insert(lot.randrange(len(ranked)), ranked.pop())
     return ranked
+
+
+def refused_turns(item: dict, rollouts: list[dict], seed: int) -> list[dict]:
+    """None to all of the turns that the environment refused at a step, by lot, what the policy samples most first.
+
+    A refusal leaves the state as it was, so the step and all that follow stay true. Which are left out by lot have to be
+    judged unseen, as before.
+    """
+    steps = {row["action"]: row["steps"][0] for row in rollouts
+             if row["candidate"] == item["key"] and not row["valid"] and not failure(row["end"])}
+    turns = [steps[row["action"]] for row in item["candidates"] if row["action"] in steps]
+    return turns[:random.Random(stable_seed(seed, item["key"], "refusals")).randint(0, len(turns))]
 
 
 def plan_proposals(trajectory: dict) -> list[dict]:
@@ -204,6 +223,7 @@ def main() -> None:
             row = switch_expert(row, rollouts.get(row["key"], []))
         for step in row["steps"]:
             step.pop("fallback", None)
+            step.pop("refusals", None)
         trajectories.append(row)
         failed = defaultdict(set)
         for rollout in rollouts.get(row["key"], []):
@@ -245,6 +265,8 @@ def main() -> None:
             written = output.done[key]
             if written["thought"] is not None:
                 step |= {"thought": written["thought"], "deliberated": True}
+                if args.refusals:
+                    step["refusals"] = refused_turns(item, rollouts[item["trajectory"]["key"]], args.seed)
                 step.pop("text", None)
             else:
                 step["fallback"] = written["refused"]

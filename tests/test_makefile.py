@@ -125,6 +125,7 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("CRITIC=some/other", ITERATION[2:]),
     ("SFT_FIRST=1", ["stage0_sft train", "evaluate run", *ITERATION]),
     ("GUIDED=verdicts", ITERATION[2:]),
+    ("REFUSALS=yes", ITERATION[3:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),
@@ -236,7 +237,7 @@ def test_a_study_is_the_run_its_control_and_its_ablations(project):
     assert variants("CRITIC=some/other") == ["", "more-sft", "self-critic", "no-sas", "no-eac", "no-reasons"]
 
 
-@pytest.mark.parametrize("wrong", ["GUIDED=maybe", "ENV=chess", "PROFILE=huge", "VARIANT=no-no"])
+@pytest.mark.parametrize("wrong", ["GUIDED=maybe", "REFUSALS=some", "ENV=chess", "PROFILE=huge", "VARIANT=no-no"])
 def test_a_wrong_variable_says_what_it_can_be(project, wrong):
     status, _, stderr = project.make("all", wrong)
     assert status == 2 and f"{wrong.split('=')[0]} is '{wrong.split('=')[1]}'; it can be" in stderr
