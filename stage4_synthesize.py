@@ -16,7 +16,8 @@ carry in "refusals" turns of the policy that the environment refused there; fine
 learning them, since an agent that has never seen a refusal repeats it to the end of the episode.
 
 The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC); with
---propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS).
+--propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS). With
+--keep-thoughts nothing deliberates, and what --refusals are worth by themselves can be told.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
     parser.add_argument("--refusals", action="store_true", help="let a deliberation follow none to all, by lot, of its "
                         "candidates that the environment refused, as turns which are shown and not learnt")
+    parser.add_argument("--keep-thoughts", action="store_true", help="no deliberations, only --refusals; no model is asked")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
     parser.add_argument("--guided", choices=GUIDED, help="for small base models: hold the first try to the form of a "
                         "retry, in which critiques' first sentences are the judgements and the model gives the reason of "
@@ -57,6 +59,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.refusals and not args.rollouts:
         parser.error("--refusals needs --rollouts, which say what was refused")
+    if args.keep_thoughts and not args.refusals:
+        parser.error("--keep-thoughts without --refusals would change nothing")
     return args
 
 
@@ -250,7 +254,9 @@ def main() -> None:
     with StageOutput(args.out, settings_of(args), inputs) as output:
         todo = [item for key, item in plan.items() if key not in output.done]
         if todo:
-            if args.guided == "verdicts" and args.critiques:
+            if args.keep_thoughts:
+                engine, results = None, ((item, None, []) for item in todo)
+            elif args.guided == "verdicts" and args.critiques:
                 engine, results = None, ((item, by_verdicts(item), []) for item in todo)
             else:
                 engine = make_engine(args)
@@ -263,10 +269,10 @@ def main() -> None:
         for key, item in plan.items():
             step = item["trajectory"]["steps"][item["step"] - 1]
             written = output.done[key]
+            if args.refusals:
+                step["refusals"] = refused_turns(item, rollouts[item["trajectory"]["key"]], args.seed)
             if written["thought"] is not None:
                 step |= {"thought": written["thought"], "deliberated": True}
-                if args.refusals:
-                    step["refusals"] = refused_turns(item, rollouts[item["trajectory"]["key"]], args.seed)
                 step.pop("text", None)
             else:
                 step["fallback"] = written["refused"]
