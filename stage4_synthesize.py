@@ -116,8 +116,8 @@ def by_preference(compared: list[dict], row: dict, seed: int) -> list[dict]:
 def refused_turns(item: dict, rollouts: list[dict], seed: int) -> list[dict]:
     """None to all of the turns that the environment refused at a step, by lot, what the policy samples most first.
 
-    A refusal leaves the state as it was, so the step and all that follow stay true. Which are left out by lot have to be
-    judged unseen, as before.
+    A refusal leaves the state as it was, so the step and all that follow stay true. Those left out have to be judged
+    unseen.
     """
     steps = {row["action"]: row["steps"][0] for row in rollouts
              if row["candidate"] == item["key"] and not row["valid"] and not failure(row["end"])}
@@ -270,7 +270,7 @@ def main() -> None:
             step = item["trajectory"]["steps"][item["step"] - 1]
             written = output.done[key]
             if args.refusals:
-                step["refusals"] = refused_turns(item, rollouts[item["trajectory"]["key"]], args.seed)
+                step["refusals"] = refused_turns(item, rollouts.get(item["trajectory"]["key"], []), args.seed)
             if written["thought"] is not None:
                 step |= {"thought": written["thought"], "deliberated": True}
                 step.pop("text", None)
