@@ -55,12 +55,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def scienceworld_expert(env: ScienceWorld, task: str, max_turns: int | None, seed: int) -> dict | None:
-    """The simulator's gold path in its shortest form that still reaches the full score within the turn limit."""
+    """The simulator's gold path in its shortest form that still reaches the full score within the turn limit, with things
+    called by the names that the agent sees."""
     env.load(task, gold_path=True)
     gold = env.gold_path()
     for actions in (teleporting(gold), gold):  # some tasks need the time that walking spends
         trajectory = replay(env, task, [("", action) for action in actions], max_turns, drop=is_idle)
         if trajectory["reward"] >= 0.999:
+            renamed = replay(env, task, [("", action) for action in named_as_seen(env, trajectory)], max_turns)
+            if renamed["reward"] >= 0.999:
+                trajectory = renamed
             goal = trajectory["instruction"]
             for t, step in enumerate(trajectory["steps"]):
                 step["thought"] = scienceworld_thought(goal, trajectory["steps"][:t], step["action"])
@@ -83,6 +87,38 @@ def teleporting(gold: list[str]) -> list[str]:
             place = None
         actions.append(action)
     return actions
+
+
+def named_as_seen(env: ScienceWorld, trajectory: dict) -> list[str]:
+    """The actions of a trajectory, renamed wherever the simulator answers just the same: gold paths say "baby baby elephant"
+    and "egg parrot" where the agent has seen "a baby elephant" and "a parrot egg", names it could only guess."""
+    actions = [step["action"] for step in trajectory["steps"]]
+    seen = trajectory["instruction"]
+    for t, step in enumerate(trajectory["steps"]):
+        for renamed in with_seen_names(actions[t], seen):
+            _, results = env.branch(trajectory["task"], [*actions[:t], renamed])
+            if results[-1][0] == step["observation"]:
+                actions[t] = renamed
+                break
+        seen += "\n" + step["observation"]
+    return actions
+
+
+def with_seen_names(action: str, seen: str) -> Iterator[str]:
+    """The action with each name that was not seen in another form that was: its first word moved to the end or left out, or
+    without its contents. First all such names at once, then each alone."""
+    seen = seen.lower().replace("(", "").replace(")", "")
+
+    def seen_form(name: str) -> str:
+        first, _, rest = name.partition(" ")
+        forms = (name, f"{rest} {first}", rest, name.partition(" containing ")[0])
+        return next((form for form in forms if re.search(rf"\b{re.escape(form.lower())}\b", seen)), name) if rest else name
+
+    parts = re.split(r"(^\w+ (?:on |up |to )?| on | to | in | into )", action)  # names have even places
+    forms = [part if place % 2 else seen_form(part) for place, part in enumerate(parts)]
+    changed = {place for place in range(0, len(parts), 2) if forms[place] != parts[place]}
+    for chosen in [changed] * (len(changed) > 1) + [{place} for place in sorted(changed)]:
+        yield "".join(forms[place] if place in chosen else part for place, part in enumerate(parts))
 
 
 def is_idle(action: str, observation: str) -> bool:

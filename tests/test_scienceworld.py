@@ -3,7 +3,7 @@
 import pytest
 
 from common import NO_ACTION, EnvironmentPool, Episode, ScienceWorld, UserError, list_tasks, play, turn_limit
-from stage0_sft import replay, scienceworld_expert
+from stage0_sft import replay, scienceworld_expert, with_seen_names
 
 TASK = "scienceworld/lifespan-longest-lived/0"
 
@@ -34,6 +34,25 @@ def test_an_expert_reaches_the_full_score_within_the_limit_with_a_thought_for_ev
     assert expert["reward"] >= 0.999 and len(expert["steps"]) <= turn_limit(TASK)
     assert all(step["thought"].endswith(".") for step in expert["steps"])
     assert any(step["action"].startswith("teleport to") for step in expert["steps"])
+
+
+def test_an_expert_calls_things_by_the_names_that_the_agent_has_seen(env):
+    steps = scienceworld_expert(env, "scienceworld/find-animal/75", None, 0)["steps"]
+    actions = [step["action"] for step in steps]
+    assert "a turtle egg" in steps[actions.index("focus on turtle egg") - 1]["observation"]
+    assert not any("egg turtle" in action for action in actions)
+
+
+@pytest.mark.parametrize("action, seen, renamed", [
+    ("focus on egg parrot", "a parrot egg", ["focus on parrot egg"]),
+    ("move baby baby bear in inventory to box", "a baby bear, a box", ["move baby bear in inventory to box"]),
+    ("connect adult adult bee to egg bat", "a adult bee and a bat egg", [
+        "connect adult bee to bat egg", "connect adult bee to egg bat", "connect adult adult bee to bat egg"]),
+    ("pick up pot 1 containing pea plant and soil", "a pot 1 (containing a pea plant)", ["pick up pot 1"]),
+    ("focus on cup containing milk", "a cup (containing milk)", []),
+    ("focus on parrot", "a bat", []), ("look around", "", []), ("wait1", "wait", [])])
+def test_a_name_that_was_not_seen_is_tried_in_the_form_that_was(action, seen, renamed):
+    assert list(with_seen_names(action, seen)) == renamed
 
 
 def test_the_same_actions_give_the_same_observations_in_another_process(expert):
