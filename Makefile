@@ -15,14 +15,13 @@ PROFILE ?= laptop#        laptop: every part once on 2 cores; small: a night on 
 ENV ?= scienceworld#      scienceworld or alfworld
 VARIANT ?=#               beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model
 #                         proposes the candidates; candidates without critiques), no-reasons (verdicts alone), self-critic
-#                         (MODEL judges instead of CRITIC); for as many training tokens as SAND: no-deliberation (plain
-#                         thoughts after the same REFUSALS) or more-sft (the expert data again)
+#                         (MODEL judges instead of CRITIC) or more-sft (the expert data again, for as many tokens as SAND)
 PACKAGED := models/SmolLM2-135M-Instruct
 PACKAGED_CRITIC := models/Qwen2.5-Coder-0.5B-Instruct
 
 ifneq ($(strip $(VARIANT)),)
-ifeq ($(filter no-sas no-eac no-reasons no-deliberation self-critic more-sft,$(VARIANT)),)
-$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, no-reasons, no-deliberation, self-critic or more-sft, or empty)
+ifeq ($(filter no-sas no-eac no-reasons self-critic more-sft,$(VARIANT)),)
+$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, no-reasons, self-critic or more-sft, or empty)
 endif
 ITERS ?= 1
 endif
@@ -59,8 +58,8 @@ BATCH ?= 4
 LORA_RANK ?= 0
 MAX_TOKENS ?= 384
 ifeq ($(ENV),scienceworld)
-# The types with a turn limit of at most 30 and dozens of training tasks, without grow-plant, whose gold paths mostly fail
-# within it; all their test tasks.
+# The types with a turn limit of at most 30 and dozens of training tasks, without grow-plant, where only every other gold
+# path is that short; and all their test tasks.
 TYPES ?= find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
 TASKS ?= 400
 SFT_FIRST ?= 240
@@ -90,12 +89,8 @@ LATER_EPOCHS ?= 1
 CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
 GUIDED ?= no#             for small base models. reasons: verdicts come from the rollouts, the base model gives the
 #                         reasons; verdicts: these alone
-REFUSALS ?= no#           yes: deliberations follow refusals of their candidates, shown in finetuning and not taught
 ifeq ($(filter no reasons verdicts,$(GUIDED)),)
 $(error GUIDED is '$(GUIDED)'; it can be no, reasons or verdicts)
-endif
-ifeq ($(filter no yes,$(REFUSALS)),)
-$(error REFUSALS is '$(REFUSALS)'; it can be no or yes)
 endif
 SFT_FIRST ?=#             SFT is finetuned on the first so many trajectories, SAND and its control on the others: small
 #                         models learn theirs by heart and then find no mistakes there
@@ -133,7 +128,7 @@ iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-u
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED REFUSALS SFT_FIRST EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED SFT_FIRST EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -184,7 +179,7 @@ ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
-SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH) $(if $(filter yes,$(REFUSALS)),--refusals) $(if $(filter no-deliberation,$(VARIANT)),--keep-thoughts)))
+SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/sft-first,$(SFT_FIRST)))
@@ -221,15 +216,13 @@ before = $(shell expr $1 - 1)
 folder = $(if $(filter 0,$1),$(R),$(I))/iter$1
 policy = $(call folder,$(call before,$1))/model
 experts = $(if $(or $(filter 1,$1),$(filter more-sft,$(VARIANT))),$(REST),$(call folder,$(call before,$1))/deliberations.jsonl)
-# What stage 4 is given: stages 1 to 3, 1 and 2 (no-deliberation), stage 1 alone (no-eac), or nothing (no-sas). A variant shares the first samples and
+# What stage 4 is given: stages 1 to 3, stage 1 alone (no-eac), or nothing (no-sas). A variant shares the first samples and
 # rollouts.
 shared = $(if $(filter 1,$1),$(R),$(I))/iter$1
 candidates = $(call shared,$1)/candidates.jsonl
 rollouts = $(call shared,$1)/rollouts.jsonl
 sampled = $(if $(filter no-sas,$(VARIANT)),,$(call candidates,$1))
-rolled_out = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1))
-judged = $(if $(filter no-sas no-eac no-deliberation,$(VARIANT)),,$(call folder,$1)/critiques.jsonl)
-long_as = $(if $(filter no-deliberation,$(VARIANT)),$(R)/iter$1/model)
+judged = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1) $(call folder,$1)/critiques.jsonl)
 
 define iteration
 $(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
@@ -238,14 +231,14 @@ $(call rollouts,$1): $(call candidates,$1) stage2_rollout.py common.py $(ENV_PRO
 	$(PYTHON) stage2_rollout.py --model $(call policy,$1) --trajectories $(call experts,$1) --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/critiques.jsonl: $(call rollouts,$1) stage3_critique.py common.py prompts/critique.txt $(I)/.uses/critique | $(call packaged,$(JUDGE))
 	$(PYTHON) stage3_critique.py --trajectories $(call experts,$1) --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
-$(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call rolled_out,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(call packaged,$(JUDGE))
-	$(PYTHON) stage4_synthesize.py --trajectories $$< $(addprefix --candidates ,$(call sampled,$1)) $(addprefix --rollouts ,$(call rolled_out,$1)) $(addprefix --critiques ,$(call judged,$1)) $(SYNTHESIS) $(BASE_OPTIONS) $(ENGINE) --out $$@
+$(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(call packaged,$(JUDGE))
+	$(PYTHON) stage4_synthesize.py --trajectories $$< $(addprefix --candidates ,$(call sampled,$1)) $(if $(call judged,$1),--rollouts $(firstword $(call judged,$1)) --critiques $(lastword $(call judged,$1))) $(SYNTHESIS) $(BASE_OPTIONS) $(ENGINE) --out $$@
 ifeq ($(VARIANT),more-sft)
 $(call folder,$1)/model/config.json: $(call experts,$1) $(call policy,$1)/config.json $(R)/iter$1/model/config.json stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/more-sft | $(READY)
 	$(LAUNCH) stage0_sft.py train --model $(call policy,$1) --data $$< --as-long-as $(R)/iter$1/model $(TRAIN_OPTIONS) --out $$(@D)
 else
-$(call folder,$1)/model/config.json: $(call folder,$1)/deliberations.jsonl $(call policy,$1)/config.json $(addsuffix /config.json,$(call long_as,$1)) stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)
-	$(LAUNCH) stage5_finetune.py --model $(call policy,$1) --data $$< $(or $(addprefix --as-long-as ,$(call long_as,$1)),--epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS))) $(TRAIN_OPTIONS) --out $$(@D)
+$(call folder,$1)/model/config.json: $(call folder,$1)/deliberations.jsonl $(call policy,$1)/config.json stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)
+	$(LAUNCH) stage5_finetune.py --model $(call policy,$1) --data $$< --epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS)) $(TRAIN_OPTIONS) --out $$(@D)
 endif
 endef
 define evaluation
@@ -262,9 +255,9 @@ MISSING := $(foreach file,$(call experts,$(ITER)) $(call policy,$(ITER))/config.
 $(if $(strip $(MISSING)),$(error iteration $(strip $(ITER)) begins with $(MISSING), which is not there; make it with `make all ITERS=$(call before,$(ITER))` or `make iter` of the one before))
 endif
 
-ifneq ($(filter more-sft no-deliberation,$(VARIANT)),)
+ifeq ($(VARIANT),more-sft)
 $(ITERATIONS:%=$(R)/iter%/model/config.json):
-	@test -f $@ || { echo "VARIANT=$(VARIANT) trains as long as SAND did, and there is no $@; make it first, without VARIANT"; exit 2; }
+	@test -f $@ || { echo "VARIANT=more-sft trains as long as SAND did, and there is no $@; make it first, without VARIANT"; exit 2; }
 endif
 
 # ---- Baselines, a whole study and the report ----
@@ -272,7 +265,7 @@ endif
 study: ## all, then its control more-sft, its ablations and base with one example: the README's main table
 	$(MAKE) all
 	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
-	$(foreach v,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-sas no-eac $(if $(filter-out verdicts,$(GUIDED)),no-reasons) $(if $(filter yes,$(REFUSALS)),no-deliberation),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(R)/base-example/eval-seen.jsonl
+	$(foreach v,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-sas no-eac $(if $(filter-out verdicts,$(GUIDED)),no-reasons),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(R)/base-example/eval-seen.jsonl
 	$(MAKE) report
 
 baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K))) ## base with one example in its prompt, SFT's best of K tries

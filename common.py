@@ -37,7 +37,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for_connections
@@ -1209,10 +1209,9 @@ class ChatFormat:
     def encode(self, turns: list[str | list[int]]) -> list[int]:
         return [token for piece in self.pieces(turns) for token in piece]
 
-    def encode_for_training(self, turns: list[str], longest: int, shown: Container[int] = ()) -> tuple[list[int], list[int]]:
+    def encode_for_training(self, turns: list[str], longest: int) -> tuple[list[int], list[int]]:
         """(ids, labels) of a dialogue that ends with the agent: labels are -100 but for the agent's turns and their
-        end-of-turn token (the loss of equations 2 and 7), except those of the steps, from 0, that are only `shown`. Whole
-        steps that do not fit in `longest` tokens are left out.
+        end-of-turn token (the loss of equations 2 and 7). Whole steps that do not fit in `longest` tokens are left out.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -1221,7 +1220,7 @@ class ChatFormat:
                 if len(ids) + len(piece) + 1 > longest:
                     break
                 ids += piece + [self.end_of_turn]
-                labels += [-100] * (len(piece) + 1) if i // 2 in shown else piece + [self.end_of_turn]
+                labels += piece + [self.end_of_turn]
                 whole = len(ids)
             else:
                 rest = piece if i == 0 else piece[1:]  # the end-of-turn token went with the agent's turn
@@ -1740,21 +1739,13 @@ def learnt_batch(batch: dict) -> dict:
 
 
 def training_sequences(rows: list[dict], chat: ChatFormat, longest: int) -> tuple[list[dict], int]:
-    """One sequence of at most `longest` tokens a trajectory, all its turns in it; and how many had to be cut.
-
-    The refusals that stage 4 may have given a step come before it and are not learnt.
-    """
+    """One sequence of at most `longest` tokens a trajectory, all its turns in it; and how many had to be cut."""
     sequences, cut = [], 0
     for row in rows:
-        steps, shown = [], []
-        for step in row["steps"]:
-            refusals = step.get("refusals", [])
-            shown += range(len(steps), len(steps) + len(refusals))
-            steps += [*refusals, step]
-        turns = dialogue(row["env"], row["instruction"], steps)[:-1]  # nothing is learnt after the last action
-        ids, labels = chat.encode_for_training(turns, longest, shown)
+        turns = dialogue(row["env"], row["instruction"], row["steps"])[:-1]  # nothing is learnt after the last action
+        ids, labels = chat.encode_for_training(turns, longest)
         cut += len(ids) < len(chat.encode(turns))
-        if any(label != -100 for label in labels):
+        if ids:
             sequences.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
     return sequences, cut
 

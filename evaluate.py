@@ -288,7 +288,7 @@ def model_names(folder: Path) -> dict[str, str]:
     names = {"base": "base", "base-example": "base, one example", "iter0": "SFT"}
     for variant, label in {"": "SAND-{}", "more-sft": CONTROL.format("SAND-{}"), "self-critic": "SAND-{} judging itself",
                            "no-sas": "SAND-{} w/o SAS", "no-eac": "SAND-{} w/o EAC",
-                           "no-reasons": "SAND-{} w/o reasons", "no-deliberation": "SAND-{} w/o deliberation"}.items():
+                           "no-reasons": "SAND-{} w/o reasons"}.items():
         found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
         for path in sorted(found, key=lambda path: int(path.name[4:])):
             names[path.relative_to(folder).as_posix()] = label.format(path.name[4:])
@@ -308,9 +308,7 @@ def outdated(model: Path, folder: Path) -> str | None:
     before = int(home.name[4:]) - 1
     policy = (home.parent if before > 0 else folder) / f"iter{before}" / "model" / "config.json"
     mine = home / "model" / "config.json"
-    trained_after = [policy]
-    if home.parent.name in ("more-sft", "no-deliberation"):
-        trained_after.append(folder / home.name / "model" / "config.json")
+    trained_after = [policy, folder / home.name / "model" / "config.json"] if home.parent.name == "more-sft" else [policy]
     for earlier in trained_after:
         files = [file for file in (earlier, mine, model / "eval-unseen.jsonl") if file.exists()]
         for older, newer in pairwise(files):
@@ -342,8 +340,7 @@ def with_interval(splits: list[list[float]], sign: str = "") -> str:
 
 def as_long(name: str) -> str | None:
     """The control of SAND-k: SFT on the expert data for as many tokens. An ablation was trained on another number."""
-    found = re.fullmatch(r"(SAND-\d+)(?: w/o deliberation)?", name)
-    return CONTROL.format(found[1]) if found else None
+    return CONTROL.format(name) if re.fullmatch(r"SAND-\d+", name) else None
 
 
 def reward_section(models: dict) -> list[str]:

@@ -56,15 +56,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def scienceworld_expert(env: ScienceWorld, task: str, max_turns: int | None, seed: int) -> dict | None:
     """The simulator's gold path in its shortest form that still reaches the full score within the turn limit, with things
-    called by the names that the agent sees."""
+    called by the names that the agent has seen, where the simulator knows these."""
     env.load(task, gold_path=True)
     gold = env.gold_path()
     for actions in (teleporting(gold), gold):  # some tasks need the time that walking spends
         trajectory = replay(env, task, [("", action) for action in actions], max_turns, drop=is_idle)
         if trajectory["reward"] >= 0.999:
             renamed = replay(env, task, [("", action) for action in named_as_seen(env, trajectory)], max_turns)
-            if renamed["reward"] >= 0.999:
-                trajectory = renamed
+            trajectory = max(renamed, trajectory, key=lambda row: row["reward"])
             goal = trajectory["instruction"]
             for t, step in enumerate(trajectory["steps"]):
                 step["thought"] = scienceworld_thought(goal, trajectory["steps"][:t], step["action"])
@@ -73,7 +72,7 @@ def scienceworld_expert(env: ScienceWorld, task: str, max_turns: int | None, see
 
 
 def teleporting(gold: list[str]) -> list[str]:
-    """Gold paths open doors and walk; an agent teleports, and looks around where it arrives."""
+    """Gold paths open doors and walk; an agent teleports, and looks around where it begins and where it arrives."""
     actions: list[str] = []
     place = None
     for action in gold:
@@ -86,7 +85,7 @@ def teleporting(gold: list[str]) -> list[str]:
             actions += [f"teleport to {place}"] + (["look around"] if action != "look around" else [])
             place = None
         actions.append(action)
-    return actions
+    return actions if actions[0].startswith(("teleport to", "look around")) else ["look around", *actions]
 
 
 def named_as_seen(env: ScienceWorld, trajectory: dict) -> list[str]:
@@ -122,8 +121,9 @@ def with_seen_names(action: str, seen: str) -> Iterator[str]:
 
 
 def is_idle(action: str, observation: str) -> bool:
-    """Opening what is open already: gold paths do it, since they do not count on open containers."""
-    return action.startswith("open ") and "already open" in observation
+    """What changes nothing: opening what is open already, since gold paths do not count on open containers, and what the
+    simulator refuses of its own path."""
+    return action.startswith("open ") and "already open" in observation or not is_valid(observation)
 
 
 def scienceworld_thought(goal: str, earlier: list[dict], action: str) -> str:

@@ -11,13 +11,10 @@ after the last attempt the step keeps its old thought. Unflagged steps keep thei
 
 Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. Steps that deliberate have
 "deliberated": true, those that fell back "fallback": [reasons]. With --expert-switch, a rollout whose reward beats the
-expert's replaces the rest of the trajectory from its step on; the row then says so in "switched". With --refusals, steps
-carry in "refusals" turns of the policy that the environment refused there; finetuning shows them before the step without
-learning them, since an agent that has never seen a refusal repeats it to the end of the episode.
+expert's replaces the rest of the trajectory from its step on; the row then says so in "switched".
 
 The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC); with
---propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS). With
---keep-thoughts nothing deliberates, and what --refusals are worth by themselves can be told.
+--propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS).
 """
 
 from __future__ import annotations
@@ -46,9 +43,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--critiques", metavar="JSONL", help="what stage 3 wrote; default: candidates are not judged")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
-    parser.add_argument("--refusals", action="store_true", help="let a deliberation follow none to all, by lot, of its "
-                        "candidates that the environment refused, as turns which are shown and not learnt")
-    parser.add_argument("--keep-thoughts", action="store_true", help="no deliberations, only --refusals; no model is asked")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
     parser.add_argument("--guided", choices=GUIDED, help="for small base models: hold the first try to the form of a "
                         "retry, in which critiques' first sentences are the judgements and the model gives the reason of "
@@ -56,12 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
                         "default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
-    args = parser.parse_args()
-    if args.refusals and not args.rollouts:
-        parser.error("--refusals needs --rollouts, which say what was refused")
-    if args.keep_thoughts and not args.refusals:
-        parser.error("--keep-thoughts without --refusals would change nothing")
-    return args
+    return parser.parse_args()
 
 
 # --- The expert switch --------------------------------------------------------------------------------------------
@@ -111,18 +100,6 @@ def by_preference(compared: list[dict], row: dict, seed: int) -> list[dict]:
     if not counts[ranked[-1]["action"]]:
         ranked.insert(lot.randrange(len(ranked)), ranked.pop())
     return ranked
-
-
-def refused_turns(item: dict, rollouts: list[dict], seed: int) -> list[dict]:
-    """None to all of the turns that the environment refused at a step, by lot, what the policy samples most first.
-
-    A refusal leaves the state as it was, so the step and all that follow stay true. Those left out have to be judged
-    unseen.
-    """
-    steps = {row["action"]: row["steps"][0] for row in rollouts
-             if row["candidate"] == item["key"] and not row["valid"] and not failure(row["end"])}
-    turns = [steps[row["action"]] for row in item["candidates"] if row["action"] in steps]
-    return turns[:random.Random(stable_seed(seed, item["key"], "refusals")).randint(0, len(turns))]
 
 
 def plan_proposals(trajectory: dict) -> list[dict]:
@@ -227,7 +204,6 @@ def main() -> None:
             row = switch_expert(row, rollouts.get(row["key"], []))
         for step in row["steps"]:
             step.pop("fallback", None)
-            step.pop("refusals", None)
         trajectories.append(row)
         failed = defaultdict(set)
         for rollout in rollouts.get(row["key"], []):
@@ -254,9 +230,7 @@ def main() -> None:
     with StageOutput(args.out, settings_of(args), inputs) as output:
         todo = [item for key, item in plan.items() if key not in output.done]
         if todo:
-            if args.keep_thoughts:
-                engine, results = None, ((item, None, []) for item in todo)
-            elif args.guided == "verdicts" and args.critiques:
+            if args.guided == "verdicts" and args.critiques:
                 engine, results = None, ((item, by_verdicts(item), []) for item in todo)
             else:
                 engine = make_engine(args)
@@ -269,8 +243,6 @@ def main() -> None:
         for key, item in plan.items():
             step = item["trajectory"]["steps"][item["step"] - 1]
             written = output.done[key]
-            if args.refusals:
-                step["refusals"] = refused_turns(item, rollouts.get(item["trajectory"]["key"], []), args.seed)
             if written["thought"] is not None:
                 step |= {"thought": written["thought"], "deliberated": True}
                 step.pop("text", None)

@@ -12,8 +12,7 @@ import time
 
 import pytest
 
-from common import (ChatFormat, ServerEngine, UserError, bfloat16_is_fast, generate, generate_checked,
-                    training_sequences)
+from common import ChatFormat, ServerEngine, UserError, bfloat16_is_fast, generate, generate_checked
 from conftest import MODEL
 
 pytestmark = pytest.mark.slow
@@ -120,21 +119,6 @@ def test_only_the_agents_turns_are_learnt(tokenizer):
     assert ids == chat.encode(turns) + [chat.end_of_turn]
     shorter, _ = chat.encode_for_training(turns, len(ids) - 1)
     assert tokenizer.decode(shorter).endswith("Action: look<|im_end|>")
-
-
-def test_refusals_before_a_step_are_shown_in_training_and_not_learnt(tokenizer):
-    refused = {"thought": "", "action": "eat sofa", "observation": "No known action matches that input."}
-    steps = [{"thought": "", "action": "look", "observation": "a room"},
-             {"thought": "", "action": "wait", "observation": "time passes", "refusals": [refused]}]
-    row = {"env": "scienceworld", "instruction": "Find a bee.", "steps": steps}
-    (sequence,), _ = training_sequences([row], ChatFormat(tokenizer), 1000)
-    shown = tokenizer.decode(sequence["input_ids"])
-    assert "a room<|im_end|>" in shown and "eat sofa<|im_end|>\n<|im_start|>user\nObservation: No known" in shown
-    learnt = tokenizer.decode([label for label in sequence["labels"] if label != -100])
-    assert learnt == "Action: look<|im_end|>Action: wait<|im_end|>"
-    del steps[1]["refusals"]
-    (plain,), _ = training_sequences([row], ChatFormat(tokenizer), 1000)
-    assert [label for label in plain["labels"] if label != -100] == [label for label in sequence["labels"] if label != -100]
 
 
 def test_a_server_answers_like_the_engine_in_the_process(engine, server):

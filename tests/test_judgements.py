@@ -10,7 +10,7 @@ from common import (REASON, Output, UserError, fill_dialogue, is_deliberation, l
                     retry_sampling)
 from stage3_critique import check_critique, critique_form, critique_prompt, verdict
 from stage4_synthesize import (by_verdicts, check_deliberation, deliberation_form, deliberation_prompt, plan_proposals,
-                               plan_steps, refused_turns)
+                               plan_steps)
 
 STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
 TRAJECTORY = {"key": "a", "instruction": "Find a mug.", "steps": STEPS}
@@ -195,18 +195,6 @@ def test_candidates_come_in_the_order_of_how_often_they_were_sampled():
         firsts = {item["candidates"][0]["action"] for seed in range(3) for item in plan_steps(TRAJECTORY, rows, {}, seed)}
         assert firsts == {row["action"] for row in actions}
     assert plan_steps(TRAJECTORY, rows, {}, 0) == plan_steps(TRAJECTORY, rows, {}, 0)
-
-
-def test_of_the_refused_candidates_none_to_all_come_before_a_step_the_most_sampled_first():
-    actions = ["wait", "eat mug 1", "go to drawer 3", "fly"]
-    rollouts = [ROLLOUT | {"action": action, "valid": action in actions[::2], "steps": [
-        {"thought": "t", "action": action, "observation": "Nothing happens."}]} for action in reversed(actions)]
-    rollouts += [rollouts[0] | {"action": actions[0], "steps": [], "end": "failed: it died"},
-                 rollouts[0] | {"action": actions[0], "candidate": "a/step4", "steps": []}]
-    items = [ITEM | {"key": "a/step3", "candidates": [{"action": action} for action in actions]}]
-    found = {tuple(turn["action"] for turn in refused_turns(items[0], rollouts, seed)) for seed in range(30)}
-    assert found == {(), ("eat mug 1",), ("eat mug 1", "fly")}
-    assert refused_turns(items[0], rollouts, 0) == refused_turns(items[0], rollouts, 0)
 
 
 def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():

@@ -125,7 +125,6 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("CRITIC=some/other", ITERATION[2:]),
     ("SFT_FIRST=1", ["stage0_sft train", "evaluate run", *ITERATION]),
     ("GUIDED=verdicts", ITERATION[2:]),
-    ("REFUSALS=yes", ITERATION[3:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),
@@ -200,7 +199,6 @@ def test_an_ablation_leaves_out_its_stages_and_leaves_the_run_as_it_is(project):
     assert project.plan("VARIANT=no-sas", "ITERS=2") == scripts(*ITERATION[3:], *ITERATION[3:])
     assert project.plan("VARIANT=self-critic", "CRITIC=some/other") == scripts(*ITERATION[2:])
     assert project.plan("VARIANT=no-reasons") == scripts(*ITERATION[2:])
-    assert project.plan("VARIANT=no-deliberation", "REFUSALS=yes") == scripts(*ITERATION[3:])
     assert project.plan("VARIANT=no-eac", "ITERS=2") == scripts(*ITERATION[3:], "stage1_sample", *ITERATION[3:])
     assert project.plan() == []
 
@@ -211,9 +209,6 @@ def test_the_control_goes_on_from_sft_with_the_expert_data_as_long_as_sand_did(p
     first, second = re.findall(r"stage0_sft\.py train --model (\S+) --data (\S+) --as-long-as (\S+)", stdout)
     assert status == 0 and first == ("runs/t/iter0/model", "runs/t/expert.jsonl", "runs/t/iter1/model")
     assert second == ("runs/t/more-sft/iter1/model", "runs/t/expert.jsonl", "runs/t/iter2/model")
-    _, stdout, _ = project.make("-n", "all", "VARIANT=no-deliberation", "REFUSALS=yes")
-    assert re.search(r"stage4_synthesize\.py .* --refusals --keep-thoughts ", stdout) and "--critiques" not in stdout
-    assert re.search(r"stage5_finetune\.py --model runs/t/iter0/model .* --as-long-as runs/t/iter1/model ", stdout)
     status, stdout, _ = project.make("runs/t/iter2/model/config.json", "VARIANT=more-sft", "ITERS=2")
     assert status == 2 and "there is no runs/t/iter2/model/config.json; make it first, without VARIANT" in stdout
 
@@ -238,11 +233,10 @@ def test_a_study_is_the_run_its_control_and_its_ablations(project):
         assert "Error" not in stderr
         return re.findall(r"^\S*make all(?: VARIANT=(\S+))?", stdout.replace("&& make", "\nmake"), re.MULTILINE)
     assert variants() == ["", "more-sft", "no-sas", "no-eac", "no-reasons"]
-    assert variants("CRITIC=some/other", "REFUSALS=yes") == [
-        "", "more-sft", "self-critic", "no-sas", "no-eac", "no-reasons", "no-deliberation"]
+    assert variants("CRITIC=some/other") == ["", "more-sft", "self-critic", "no-sas", "no-eac", "no-reasons"]
 
 
-@pytest.mark.parametrize("wrong", ["GUIDED=maybe", "REFUSALS=some", "ENV=chess", "PROFILE=huge", "VARIANT=no-no"])
+@pytest.mark.parametrize("wrong", ["GUIDED=maybe", "ENV=chess", "PROFILE=huge", "VARIANT=no-no"])
 def test_a_wrong_variable_says_what_it_can_be(project, wrong):
     status, _, stderr = project.make("all", wrong)
     assert status == 2 and f"{wrong.split('=')[0]} is '{wrong.split('=')[1]}'; it can be" in stderr

@@ -163,22 +163,20 @@ def test_the_figures_show_the_data(finished):
 
 
 def test_variants_and_baselines_stand_beside_the_run(finished):
-    for folder in ("more-sft/iter1", "self-critic/iter1", "no-sas/iter1", "no-eac/iter1", "no-reasons/iter1",
-                   "no-deliberation/iter1", "base-example", "iter0/best-of-5", "iter2"):
+    for folder in ("more-sft/iter1", "self-critic/iter1", "no-sas/iter1", "no-eac/iter1", "no-reasons/iter1", "base-example",
+                   "iter0/best-of-5", "iter2"):
         write(finished, folder, [0, 0, 0])
     assert list(evaluations(finished)) == [
         "base", "base, one example", "SFT", "SAND-1", "SAND-2", "SFT, as long as SAND-1", "SAND-1 judging itself",
-        "SAND-1 w/o SAS", "SAND-1 w/o EAC", "SAND-1 w/o reasons", "SAND-1 w/o deliberation", "SFT, best of 5"]
+        "SAND-1 w/o SAS", "SAND-1 w/o EAC", "SAND-1 w/o reasons", "SFT, best of 5"]
 
 
 def test_sand_is_compared_with_sft_of_the_same_length(finished):
     write(finished, "more-sft/iter1", [1, 1, 1])
     write(finished, "no-eac/iter1", [1, 1, 1])
-    write(finished, "no-deliberation/iter1", [0, 0, 0])
     cells = {row[1].strip(): row[-3:-1] for line in reward_section(evaluations(finished)) if (row := line.split("|"))[1:]}
     assert [cell.split()[0] for cell in cells["SAND-1"]] == ["+0.250", "-0.250"]
     assert [cell.strip() for cell in cells["SFT"]] == ["", ""] and cells["SFT, as long as SAND-1"][1].strip() == ""
-    assert cells["SAND-1 w/o deliberation"][1].split()[0] == "-1.000"
     assert cells["SAND-1 w/o EAC"][1].strip() == ""  # it was trained for another number of tokens
 
 

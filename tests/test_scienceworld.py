@@ -2,7 +2,8 @@
 
 import pytest
 
-from common import NO_ACTION, EnvironmentPool, Episode, ScienceWorld, UserError, list_tasks, play, turn_limit
+from common import (NO_ACTION, EnvironmentPool, Episode, ScienceWorld, UserError, is_valid, list_tasks, play,
+                    turn_limit)
 from stage0_sft import replay, scienceworld_expert, with_seen_names
 
 TASK = "scienceworld/lifespan-longest-lived/0"
@@ -41,6 +42,14 @@ def test_an_expert_calls_things_by_the_names_that_the_agent_has_seen(env):
     actions = [step["action"] for step in steps]
     assert "a turtle egg" in steps[actions.index("focus on turtle egg") - 1]["observation"]
     assert not any("egg turtle" in action for action in actions)
+
+
+def test_an_expert_looks_around_where_it_begins_and_does_nothing_that_is_refused(env):
+    """The simulator's gold path to the first task begins with a focus, that to the second has two refused actions."""
+    steps = scienceworld_expert(env, "scienceworld/lifespan-shortest-lived/16", None, 0)["steps"]
+    assert steps[0]["action"] == "look around" and steps[1]["action"].startswith("focus on")
+    trajectory = scienceworld_expert(env, "scienceworld/test-conductivity/211", None, 0)
+    assert trajectory["reward"] >= 0.999 and all(is_valid(step["observation"]) for step in trajectory["steps"])
 
 
 @pytest.mark.parametrize("action, seen, renamed", [

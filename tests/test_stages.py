@@ -135,29 +135,6 @@ def test_no_flagged_step_is_no_dead_end(script, tmp_path):
     assert json.loads((tmp_path / "deliberations.jsonl").read_text())["steps"] == ROW["steps"]
 
 
-def test_verdicts_need_no_model_and_refusals_stay_out_of_the_expert_trajectory(script, tmp_path):
-    refused = {"thought": "", "action": "wait", "observation": "No known action matches that input."}
-    write(tmp_path / "expert.jsonl", ROW)
-    write(tmp_path / "candidates.jsonl", CANDIDATE)
-    rollout = {"candidate": CANDIDATE["key"], "gained": None, "end": "success"}
-    write(tmp_path / "rollouts.jsonl",
-          rollout | {"key": "a/0", "action": "look around", "source": "expert", "valid": True, "reward": 1.0, "steps": [STEP]},
-          rollout | {"key": "a/1", "action": "wait", "source": "sample", "valid": False, "reward": 0.0, "steps": [refused]})
-    verdicts = ("--guided", "verdicts", "--model", MODEL, "--rollouts", "rollouts.jsonl", "--trajectories")
-    found = set()
-    done = script("stage3_critique.py", *verdicts, "expert.jsonl", "--out", "critiques.jsonl")
-    assert done.returncode == 0, done.stderr
-    for seed in range(6):
-        done = script("stage4_synthesize.py", *verdicts, "expert.jsonl", "--candidates", "candidates.jsonl", "--critiques",
-                      "critiques.jsonl", "--refusals", "--seed", seed, "--out", f"{seed}.jsonl")
-        assert done.returncode == 0, done.stderr
-        (row,) = map(json.loads, (tmp_path / f"{seed}.jsonl").read_text().splitlines())
-        (step,) = row["steps"]
-        assert step["action"] == "look around" and step["thought"].endswith("I choose to look around.")
-        found.add(json.dumps(step["refusals"]))
-    assert found == {"[]", json.dumps([refused])}
-
-
 @pytest.mark.parametrize("stage", [SAMPLE, ROLL_OUT], ids=["1", "2"])
 def test_a_mistyped_option_leaves_the_kept_rows_alone(stage, script, tmp_path):
     write(tmp_path / "expert.jsonl", ROW)
