@@ -85,7 +85,9 @@ def teleporting(gold: list[str]) -> list[str]:
             actions += [f"teleport to {place}"] + (["look around"] if action != "look around" else [])
             place = None
         actions.append(action)
-    return actions if actions[0].startswith(("teleport to", "look around")) else ["look around", *actions]
+    if actions and not actions[0].startswith(("teleport to", "look around")):
+        actions.insert(0, "look around")
+    return actions
 
 
 def named_as_seen(env: ScienceWorld, trajectory: dict) -> list[str]:
