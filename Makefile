@@ -14,14 +14,15 @@ SHELL := /bin/bash
 PROFILE ?= laptop#        laptop: every part once on 2 cores; small: a night on 2 cores; paper: section 5.3's numbers
 ENV ?= scienceworld#      scienceworld or alfworld
 VARIANT ?=#               beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model
-#                         proposes the candidates; candidates without critiques), no-reasons (verdicts alone), self-critic
-#                         (MODEL judges instead of CRITIC) or more-sft (the expert data again, for as many tokens as SAND)
+#                         proposes the candidates; candidates without critiques), no-reasons or reasons (verdicts alone; with
+#                         CRITIC's reasons), self-critic (MODEL judges instead of CRITIC) or more-sft (the expert data again,
+#                         for as many tokens as SAND)
 PACKAGED := models/SmolLM2-135M-Instruct
 PACKAGED_CRITIC := models/Qwen2.5-Coder-0.5B-Instruct
 
 ifneq ($(strip $(VARIANT)),)
-ifeq ($(filter no-sas no-eac no-reasons self-critic more-sft,$(VARIANT)),)
-$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, no-reasons, self-critic or more-sft, or empty)
+ifeq ($(filter no-sas no-eac no-reasons reasons self-critic more-sft,$(VARIANT)),)
+$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, no-reasons, reasons, self-critic or more-sft, or empty)
 endif
 ITERS ?= 1
 endif
@@ -29,9 +30,9 @@ ifneq ($(filter laptop small,$(PROFILE)),)
 MODEL ?= $(PACKAGED)
 MAX_LIVE ?= 16
 SHOWN_STEPS ?= 2
-GUIDED ?= reasons
 endif
 ifeq ($(PROFILE),laptop)
+GUIDED ?= reasons
 ITERS ?= 2
 N ?= 3
 LEARNING_RATE ?= 2e-3
@@ -49,6 +50,7 @@ TEST_TASKS ?= 4
 MAX_TURNS ?= 15
 endif
 else ifeq ($(PROFILE),small)
+GUIDED ?= verdicts
 CRITIC ?= $(PACKAGED_CRITIC)
 ITERS ?= 1
 EPOCHS ?= 2
@@ -59,11 +61,11 @@ LORA_RANK ?= 0
 MAX_TOKENS ?= 384
 ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30 and dozens of training tasks, without grow-plant, where only every other gold
-# path is that short; and all their test tasks.
+# path is that short.
 TYPES ?= find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
-TASKS ?= 400
-SFT_FIRST ?= 240
-TEST_TASKS ?= 100
+TASKS ?= 180
+SFT_FIRST ?= 90
+TEST_TASKS ?= 70
 else
 TASKS ?= 200
 SFT_FIRST ?= 130
@@ -155,8 +157,10 @@ $(PACKAGED_CRITIC)/config.json: | $(READY)
 	@rm -r models/parts
 packaged = $(READY) $(if $(filter $(PACKAGED) $(PACKAGED_CRITIC),$1),$(strip $1)/config.json)
 BASE := $(call packaged,$(MODEL))
-FORM = $(if $(filter no-reasons,$(VARIANT)),verdicts,$(GUIDED))
-JUDGE = $(if $(filter self-critic,$(VARIANT)),$(MODEL),$(CRITIC))
+FORM = $(or $(patsubst no-reasons,verdicts,$(filter no-reasons reasons,$(VARIANT))),$(GUIDED))
+# Verdicts ask nobody, so that CRITIC need not be there; without critiques there are none.
+ALONE = $(filter verdicts,$(if $(filter no-sas no-eac,$(VARIANT)),,$(FORM)))
+JUDGE = $(if $(ALONE)$(filter self-critic,$(VARIANT)),$(MODEL),$(CRITIC))
 
 data: $(READY) ## ALFWorld's games, with the package's own download command
 	$(VENV)/bin/alfworld-download
@@ -265,7 +269,7 @@ endif
 study: ## all, then its control more-sft, its ablations and base with one example: the README's main table
 	$(MAKE) all
 	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
-	$(foreach v,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-sas no-eac $(if $(filter-out verdicts,$(GUIDED)),no-reasons),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(R)/base-example/eval-seen.jsonl
+	$(foreach v,no-sas no-eac $(if $(filter verdicts,$(GUIDED)),reasons,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-reasons),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(R)/base-example/eval-seen.jsonl
 	$(MAKE) report
 
 baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K))) ## base with one example in its prompt, SFT's best of K tries

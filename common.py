@@ -1581,13 +1581,15 @@ def retry_sampling(args: argparse.Namespace, key: str, attempt: int, form: str) 
 
 @dataclass
 class Episode:
-    """One episode in play. `forced` steps are executed first, as they are; then the policy takes over.
+    """One episode in play. `forced` steps are executed first, as they are; then the policy takes over, unless step `tried`,
+    counted from 1, is refused.
 
     Every executed step is {"thought", "action", "text", "observation", "reward", "tokens"}, forced ones included.
     """
     key: str
     task: str
     forced: list[dict] = field(default_factory=list)
+    tried: int | None = None
     example: dict | None = None  # a trajectory to show in the prompt
     instruction: str = ""
     steps: list[dict] = field(default_factory=list)
@@ -1606,6 +1608,8 @@ class Episode:
     def record(self, turn: dict, result: tuple[str, float, str | None], limit: int) -> None:
         observation, self.reward, self.end = result
         self.steps.append({**turn, "observation": observation, "reward": self.reward})
+        if self.end is None and len(self.steps) == self.tried and not is_valid(observation):
+            self.end = "refused"
         if self.end is None and len(self.steps) >= limit:
             self.end = "turn limit"
 

@@ -233,7 +233,16 @@ def test_a_study_is_the_run_its_control_and_its_ablations(project):
         assert "Error" not in stderr
         return re.findall(r"^\S*make all(?: VARIANT=(\S+))?", stdout.replace("&& make", "\nmake"), re.MULTILINE)
     assert variants() == ["", "more-sft", "no-sas", "no-eac", "no-reasons"]
-    assert variants("CRITIC=some/other") == ["", "more-sft", "self-critic", "no-sas", "no-eac", "no-reasons"]
+    assert variants("CRITIC=some/other") == ["", "more-sft", "no-sas", "no-eac", "self-critic", "no-reasons"]
+    assert variants("CRITIC=some/other", "GUIDED=verdicts") == ["", "more-sft", "no-sas", "no-eac", "reasons"]
+
+
+def test_only_who_is_asked_is_named_as_the_judge(project):
+    def judges(*variables):
+        _, stdout, _ = project.make("-n", "all", "CRITIC=some/other", "GUIDED=verdicts", *variables)
+        return set(re.findall(r"stage[34]_\w+\.py .*--model (\S+) ", stdout))
+    assert judges("VARIANT=reasons") == judges("VARIANT=no-eac") == judges("VARIANT=no-sas") == {"some/other"}
+    assert len(judges()) == 1 and "some/other" not in judges()
 
 
 @pytest.mark.parametrize("wrong", ["GUIDED=maybe", "ENV=chess", "PROFILE=huge", "VARIANT=no-no"])

@@ -130,6 +130,15 @@ def test_what_an_earlier_rollout_determines_is_not_played_again(tmp_path, monkey
     assert rollouts["b/step1/1"]["steps"] == rollouts["a/step1/1"]["steps"] and rollouts["a/step1/1"]["end"] == "wrong focus"
 
 
+def test_a_rollout_ends_where_its_action_is_refused_and_goes_on_over_the_policys_own_refusals(games):
+    trajectory = {"task": games[0], "steps": [{"thought": "", "action": "inventory"}] * 2}
+    for action, end, turns in (("fly to moon 1", "refused", 2), ("look", "turn limit", 5)):
+        episode = stage2_rollout.branch("k", {"step": 2}, {"thought": "", "action": action}, trajectory)
+        with EnvironmentPool("alfworld", 1) as pool:
+            list(play([episode], Scripted(["fly to moon 1"]), pool, {}, 0, 5))
+        assert episode.end == end and len(episode.steps) == turns and not episode.failures
+
+
 @pytest.mark.parametrize("step, gained", [(1, 0.25), (2, 0.0), (3, 0.5)])
 def test_a_rollout_says_what_its_action_itself_gained(step, gained):
     steps = [STEP | {"reward": reward} for reward in (0.25, 0.25, 0.75)]
