@@ -5,9 +5,10 @@
 
 For a sampled action a^_t of a flagged step the environment is brought to the expert's state at t, executes the action,
 and the current policy plays on at temperature 1 to the end of the episode or the turn limit: e^_t ~ pi(. | h_{t-1}, a^_t)
-with final reward r_t. The expert's own action needs no rollout: its execution is the rest of the expert trajectory. Nor
-does an action that the environment refuses: all is as it was, and what the policy does then says nothing of the action
-(and was a third of all turns of a small model). One row a distinct action, joined to its candidate row by key:
+with final reward r_t. The expert's own action needs no rollout: its execution is the rest of the expert trajectory. The
+rollout of an action that the environment refuses ends there: all is as it was, and what the policy would do then says
+nothing of the action (and was a third of all turns of a small model). One row a distinct action, joined to its candidate
+row by key:
 
     {"key": "scienceworld/find-animal/12/step3/2", "candidate": "scienceworld/find-animal/12/step3",
      "action": "focus on bee", "thought": "...", "source": "sample", "valid": true, "reward": 0.5, "gained": 0.0,
