@@ -16,7 +16,9 @@ from common import ChatFormat, ServerEngine, UserError, bfloat16_is_fast, genera
 from conftest import MODEL
 
 pytestmark = pytest.mark.slow
-QUESTION = ["What is the capital of France?"]
+# Greedy, the model prefers each token of "The capital of France is Paris." to the next best by at least 1.7 nats: far more
+# than kernels for different processors differ by. As a plain question it was 0.08, and the machine chose the answer.
+QUESTION = ["Complete the sentence: The capital of France is"]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "seed": 0}
 
 
