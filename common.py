@@ -81,7 +81,7 @@ STEP = {"thought": str, "action": str, "observation": str}
 CANDIDATES = {"key": str, "trajectory": str, "step": int, "samples": list, "actions": list, "flagged": bool}
 ROLLOUT = {"key": str, "candidate": str, "action": str, "source": str, "steps": list, "valid": bool,
            "reward": (int, float), "gained": (int, float, type(None)), "end": str}
-CRITIQUE = {"key": str, "candidate": str, "action": str, "critique": str, "fallback": bool}
+CRITIQUE = {"key": str, "candidate": str, "action": str, "critique": str, "verdict": str, "fallback": bool}
 EPISODE = {"key": str, "env": str, "task": str, "split": str, "instruction": str, "steps": list,
            "reward": (int, float), "end": str, "tokens": int}
 CANDIDATE = {"action": str, "thought": str, "source": str, "count": int}

@@ -9,7 +9,8 @@ fails is sampled again at temperature 0.5, its form then held by a regular expre
 replaced by a plain sentence made of validity and reward. One row a rollout, with the same key:
 
     {"key": "scienceworld/find-animal/12/step3/2", "candidate": "scienceworld/find-animal/12/step3",
-     "action": "focus on bee", "critique": "Focusing on the bee is possible here. ...", "fallback": false, "refused": []}
+     "action": "focus on bee", "critique": "Focusing on the bee is possible here. ...",
+     "verdict": "This is possible and leads on to completing the task", "fallback": false, "refused": []}
 """
 
 from __future__ import annotations
@@ -83,12 +84,16 @@ def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[st
 
 
 def verdict(rollout: dict) -> str:
-    """What the environment says of an action, without its reason: whether it was possible, and whether the episode ended
-    as well as the expert's or the action itself raised the reward, whatever the policy did afterwards."""
+    """What the environment says of an action, without its reason: whether it was possible, and what came of it, measured
+    by the expert's way from here on. Only what leads to more reward, or to as much in as few steps, leads on: else every
+    action that the policy recovers from in the end would be as good as every other."""
     if not rollout["valid"]:
         return "This is not possible here and only wastes a turn"
-    if rollout["reward"] >= min(0.999, rollout["expert_reward"]) or (rollout["gained"] or 0) > 0:
+    reward, expert_reward = round(rollout["reward"], 3), round(rollout["expert_reward"], 3)
+    if (reward, -len(rollout["steps"])) >= (expert_reward, -rollout["expert_steps"]):
         return "This is possible and leads on to completing the task"
+    if reward == expert_reward or (rollout["gained"] or 0) > 0:
+        return "This is possible, but not the best way to complete the task"
     if rollout["end"] == "wrong focus" and len(rollout["steps"]) == 1:
         return "This is possible, but a grave mistake that ends the task unfinished"
     return "This is possible, but does not lead on to completing the task"
@@ -101,11 +106,12 @@ def main() -> None:
     rollouts = {row["key"]: row for row in read_rows(args.rollouts, ROLLOUT, may_be_empty=True)
                 if not failure(row["end"])}  # there is nothing to judge
     for key, row in rollouts.items():
-        row["trajectory"] = row["candidate"].rsplit("/step", 1)[0]
+        row["trajectory"], step = row["candidate"].rsplit("/step", 1)
         if row["trajectory"] not in trajectories:
             raise UserError(f"{args.rollouts}: '{key}' belongs to no trajectory of {args.trajectories}; "
                             "the two files do not belong together, run stages 1 and 2 again")
-        row["expert_reward"] = trajectories[row["trajectory"]]["reward"]
+        expert = trajectories[row["trajectory"]]
+        row |= {"expert_reward": expert["reward"], "expert_steps": len(expert["steps"]) - int(step) + 1}
 
     def prompt(rollout: dict) -> list[str]:
         return critique_prompt(rollout, trajectories[rollout["trajectory"]], args.shown_steps)
@@ -130,8 +136,8 @@ def main() -> None:
                                         lambda result: failure((result[2] or [""])[-1]), len(rollouts))
             for rollout, text, refused in progress(results, total=len(todo), desc="critique"):
                 output.write({"key": rollout["key"], "candidate": rollout["candidate"], "action": rollout["action"],
-                              "critique": text or verdict(rollout) + ".", "fallback": text is None,
-                              "refused": refused})
+                              "critique": text or verdict(rollout) + ".", "verdict": verdict(rollout),
+                              "fallback": text is None, "refused": refused})
             if engine:
                 print(engine.usage())
         rows = [output.done[key] for key in rollouts]

@@ -81,24 +81,31 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
 
     The candidates come in the order of how often the policy sampled them, equals by lot; the expert's where it was never
     sampled by lot among them all. At the end it would teach the policy to condemn what it lists first, at the front to
-    praise it, whatever it is; and in a random order altogether it finds no end of its list.
+    praise it, whatever it is; and in a random order altogether it finds no end of its list. Wherever that puts it, the
+    expert's comes before its equals by the environment's verdict: then the choice is the first that leads on, which a
+    policy can learn, and no arbitrary one of several.
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"],
-             "action": trajectory["steps"][row["step"] - 1]["action"],
-             "candidates": by_preference(compared, row, seed)}
+             "action": action, "candidates": by_preference(compared, row, action, seed)}
             for row in candidates if row["flagged"] and row["step"] <= last
-            for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1]
+            for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1
+            for action in [trajectory["steps"][row["step"] - 1]["action"]]]
 
 
-def by_preference(compared: list[dict], row: dict, seed: int) -> list[dict]:
+def by_preference(compared: list[dict], row: dict, choice: str, seed: int) -> list[dict]:
     counts = {action["action"]: action["count"] for action in row["actions"]}
     lot = random.Random(stable_seed(seed, row["key"]))
     ranked = sorted(compared, key=lambda candidate: (-counts[candidate["action"]], lot.random()))
     if not counts[ranked[-1]["action"]]:
         ranked.insert(lot.randrange(len(ranked)), ranked.pop())
+    chosen = next(candidate for candidate in ranked if normalise(candidate["action"]) == normalise(choice))
+    first = next(place for place, candidate in enumerate(ranked)
+                 if candidate is chosen or "verdict" in candidate and candidate["verdict"] == chosen["verdict"])
+    ranked.remove(chosen)
+    ranked.insert(first, chosen)
     return ranked
 
 

@@ -15,7 +15,7 @@ from stage4_synthesize import (by_verdicts, check_deliberation, deliberation_for
 STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
 TRAJECTORY = {"key": "a", "instruction": "Find a mug.", "steps": STEPS}
 ROLLOUT = {"key": "a/step3/1", "candidate": "a/step3", "action": "take mug 1 from shelf 2", "valid": True, "reward": 0.5,
-           "gained": 0.0, "expert_reward": 1.0, "end": "turn limit",
+           "gained": 0.0, "expert_reward": 1.0, "expert_steps": 2, "end": "turn limit",
            "steps": [{"action": "take mug 1 from shelf 2", "observation": "You take it."},
                      {"action": "wait", "observation": "Time passes."}]}
 GOOD = ("Taking the mug is possible here and useful for the task. It stands on the shelf in plain sight. "
@@ -73,7 +73,9 @@ def test_praise_for_a_refused_action_contradicts_the_environment():
     ({"reward": 1.0}, "possible and leads on to completing the task"),
     ({"reward": 0.5}, "possible, but does not lead on to completing the task"),
     ({"reward": 0.8, "expert_reward": 0.8}, "possible and leads on to completing the task"),
-    ({"reward": 0.5, "gained": 0.25}, "possible and leads on to completing the task"),
+    ({"reward": 0.9, "expert_reward": 0.8, "expert_steps": 1}, "possible and leads on to completing the task"),
+    ({"reward": 1.0, "expert_steps": 1}, "possible, but not the best way"),
+    ({"reward": 0.5, "gained": 0.25}, "possible, but not the best way"),
     ({"reward": 0.0, "steps": ROLLOUT["steps"][:1]}, "possible, but does not lead on"),
     ({"reward": 0.0, "end": "wrong focus", "steps": ROLLOUT["steps"][:1]}, "possible, but a grave mistake that ends the task"),
 ])
@@ -162,10 +164,10 @@ def test_a_deliberation_that_copies_an_example_is_refused():
 
 
 def test_only_flagged_steps_with_two_candidates_are_deliberated_and_none_after_a_switch():
-    actions = [{"action": row["action"], "count": 1} for row in CRITIQUES]
-    rows = [{"key": f"a/step{t}", "step": t, "flagged": t != 2, "actions": actions[:1 if t == 3 else 2]}
-            for t in (1, 2, 3, 4)]
-    critiques = {row["key"]: CRITIQUES[:len(row["actions"])] for row in rows}
+    rows = [{"key": f"a/step{t}", "step": t, "flagged": t != 2,
+             "actions": [{"action": step["action"], "count": 1}, {"action": "wait", "count": 1}][:1 if t == 3 else 2]}
+            for t, step in enumerate(STEPS, 1)]
+    critiques = {row["key"]: [{"action": action["action"], "critique": "Fine."} for action in row["actions"]] for row in rows}
     assert [item["step"] for item in plan_steps(TRAJECTORY, rows, critiques, 0)] == [1, 4]
     switched = TRAJECTORY | {"switched": {"step": 2}}
     assert [item["step"] for item in plan_steps(switched, rows, critiques, 0)] == [1]
@@ -184,17 +186,32 @@ def test_without_critiques_the_candidates_are_listed_bare():
     assert reason is None and listed_candidates(thought) == actions
 
 
+def candidates_in_order(verdicts, counts, seed=0):
+    """The names of the expert's action ("e") and others as step 3 lists them, by {name: its verdict} and {name: count}."""
+    actions = {name: STEPS[2]["action"] if name == "e" else f"take {name}" for name in counts}
+    row = {"key": "a/step3", "step": 3, "flagged": True,
+           "actions": [{"action": actions[name], "count": count} for name, count in counts.items()]}
+    critiques = [{"action": actions[name], "critique": "Fine.", "verdict": verdict} for name, verdict in verdicts.items()]
+    (item,) = plan_steps(TRAJECTORY, [row], {"a/step3": critiques} if critiques else {}, seed)
+    names = {action: name for name, action in actions.items()}
+    return [names[candidate["action"]] for candidate in item["candidates"]]
+
+
 def test_candidates_come_in_the_order_of_how_often_they_were_sampled():
-    actions = [{"action": "go to drawer 3", "count": 1}, {"action": "take mug (blue) 1", "count": 2}]
-    (item,) = plan_steps(TRAJECTORY, [{"key": "a/step3", "step": 3, "flagged": True, "actions": actions}],
-                         {"a/step3": CRITIQUES}, 0)
-    assert item["candidates"] == CRITIQUES[::-1]
-    for counts in (1, 1), (0, 4):  # the expert's is not told by its place
-        found = [row | {"count": count} for row, count in zip(actions, counts)]
-        rows = [{"key": f"a/step{t}", "step": t, "flagged": True, "actions": found} for t in range(1, 5)]
-        firsts = {item["candidates"][0]["action"] for seed in range(3) for item in plan_steps(TRAJECTORY, rows, {}, seed)}
-        assert firsts == {row["action"] for row in actions}
-    assert plan_steps(TRAJECTORY, rows, {}, 0) == plan_steps(TRAJECTORY, rows, {}, 0)
+    assert candidates_in_order({}, {"e": 1, "x": 2, "y": 3}) == ["y", "x", "e"]
+    assert candidates_in_order({"e": "good", "x": "bad", "y": "worse"}, {"e": 1, "x": 2, "y": 3}) == ["y", "x", "e"]
+    for counts in {"e": 1, "x": 1}, {"e": 0, "x": 4}:  # the expert's is not told by its place
+        orders = [candidates_in_order({}, counts, seed) for seed in range(9)]
+        assert ["e", "x"] in orders and ["x", "e"] in orders
+        assert orders == [candidates_in_order({}, counts, seed) for seed in range(9)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_the_choice_is_the_first_of_those_with_its_verdict(count):
+    verdicts = {"e": "good", "x": "bad", "y": "good", "z": "good"}
+    for seed in range(9):
+        order = candidates_in_order(verdicts, {"e": count, "x": 4, "y": 3, "z": 2}, seed)
+        assert order.index("e") < order.index("y") < order.index("z")
 
 
 def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():

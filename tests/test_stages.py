@@ -63,7 +63,8 @@ def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path):
                 for place, action in enumerate(("look around", "open door"))]
     write(tmp_path / "rollouts.jsonl", *rollouts)
     write(tmp_path / "critiques.jsonl", *({"key": row["key"], "candidate": row["candidate"], "action": row["action"],
-                                           "critique": "Fine.", "fallback": False} for row in rollouts))
+                                           "critique": "Fine.", "verdict": "Good", "fallback": False}
+                                          for row in rollouts))
     files = ("--candidates", "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl")
     message = refuses("stage4_synthesize.py", *SAMPLE[1:], *files)
     assert "critiques.jsonl: 'scienceworld/find-animal/0/step1' needs 2 critiques and has 2, or those of other" in message
