@@ -90,7 +90,7 @@ EPOCHS ?= 3
 LATER_EPOCHS ?= 1
 CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
 GUIDED ?= no#             for small base models. reasons: verdicts come from the rollouts, the base model gives the
-#                         reasons; verdicts: these alone
+#                         reasons; verdicts: no model is asked, reasons are the old thoughts
 ifeq ($(filter no reasons verdicts,$(GUIDED)),)
 $(error GUIDED is '$(GUIDED)'; it can be no, reasons or verdicts)
 endif

@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
     parser.add_argument("--guided", choices=GUIDED, help="for small base models: hold the first try to the form of a "
                         "retry, in which critiques' first sentences are the judgements and the model gives the reason of "
-                        "the choice; or verdicts alone, where there are critiques: the choice needs no reason then")
+                        "the choice; or verdicts alone, where there are critiques: no model is asked, the reason is the old thought")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
                         "default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
@@ -184,8 +184,11 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
 
 
 def by_verdicts(item: dict) -> str:
-    """The deliberation thought that needs no model: the verdicts and the choice."""
-    return "\n".join([*judgements(item), "", f"I choose to {item['action']}."])
+    """The deliberation thought that needs no model: the verdicts, then what was thought at this step before, of an earlier
+    deliberation only the end. It says what the action is for: a policy that learns the verdicts in its place forgets what
+    it has done and what is left to do."""
+    *_, purpose = item["trajectory"]["steps"][item["step"] - 1]["thought"].split("\n\n")
+    return "\n".join([*judgements(item), "", purpose])
 
 
 def grouped(path: str | None, fields: dict, group: Callable[[dict], str]) -> dict[str, list[dict]]:
