@@ -46,7 +46,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
     parser.add_argument("--guided", choices=GUIDED, help="for small base models: hold the first try to the form of a "
                         "retry, in which critiques' first sentences are the judgements and the model gives the reason of "
-                        "the choice; or verdicts alone, where there are critiques: no model is asked, the reason is the old thought")
+                        "the choice; or, where there are critiques, verdicts: no model is asked, the reason is the old "
+                        "thought")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
                         "default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
