@@ -185,11 +185,14 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
 
 
 def by_verdicts(item: dict) -> str:
-    """The deliberation thought that needs no model: the verdicts, then what was thought at this step before, of an earlier
-    deliberation only the end. It says what the action is for: a policy that learns the verdicts in its place forgets what
-    it has done and what is left to do."""
-    *_, purpose = item["trajectory"]["steps"][item["step"] - 1]["thought"].split("\n\n")
-    return "\n".join([*judgements(item), "", purpose])
+    """The deliberation thought that needs no model: the verdicts, the choice, and what was thought at this step before.
+
+    The old thought says what the action is for: a policy that learns the verdicts in its place forgets what it has done and
+    what is left to do. The choice stands before it, next to the verdicts: else it follows the thought and not these.
+    """
+    choice = f"I choose to {item['action']}. "
+    *_, purpose = item["trajectory"]["steps"][item["step"] - 1]["thought"].split("\n\n")  # an earlier deliberation's end
+    return "\n".join([*judgements(item), "", choice + purpose.removeprefix(choice)])
 
 
 def grouped(path: str | None, fields: dict, group: Callable[[dict], str]) -> dict[str, list[dict]]:

@@ -109,7 +109,7 @@ def test_a_reason_that_its_form_cuts_off_is_sampled_again(length, cut):
 def test_verdicts_alone_make_a_deliberation_without_a_model():
     thought = by_verdicts(ITEM)
     assert is_deliberation(thought) and listed_candidates(thought) == ["go to drawer 3", "take mug (blue) 1"]
-    assert thought.endswith("There is none.\n\nt")  # the step's own thought
+    assert thought.endswith("There is none.\n\nI choose to go to drawer 3. t")  # the step's own thought
     again = ITEM | {"trajectory": {"steps": [*STEPS[:2], STEPS[2] | {"thought": thought}]}}
     assert by_verdicts(again) == thought
 
