@@ -59,6 +59,7 @@ LEARNING_RATE ?= 5e-4
 BATCH ?= 4
 LORA_RANK ?= 0
 MAX_TOKENS ?= 384
+EXTRA_TURNS ?= 4
 ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30 and dozens of training tasks, without grow-plant, where only every other gold
 # path is that short.
@@ -98,6 +99,7 @@ SFT_FIRST ?=#             SFT is finetuned on the first so many trajectories, SA
 #                         models learn theirs by heart and then find no mistakes there
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
+EXTRA_TURNS ?=#           a rollout ends so many turns after the expert would have been done; empty: at the turn limit
 SEED ?= 0
 K ?= 5#                   tries a task of `make baselines`
 RUNS ?=#                  the runs that `make report` compares
@@ -130,7 +132,7 @@ iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-u
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED SFT_FIRST EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED SFT_FIRST EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -181,7 +183,7 @@ TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $
 FIRST = $(addprefix --first ,$(SFT_FIRST))
 ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
-ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
+ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
 SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))

@@ -25,6 +25,7 @@ import hashlib
 import importlib.metadata
 import importlib.resources
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -1582,7 +1583,7 @@ def retry_sampling(args: argparse.Namespace, key: str, attempt: int, form: str) 
 @dataclass
 class Episode:
     """One episode in play. `forced` steps are executed first, as they are; then the policy takes over, unless step `tried`,
-    counted from 1, is refused.
+    counted from 1, is refused. It ends at the task's turn limit, or after `limit` steps if that is less.
 
     Every executed step is {"thought", "action", "text", "observation", "reward", "tokens"}, forced ones included.
     """
@@ -1590,6 +1591,7 @@ class Episode:
     task: str
     forced: list[dict] = field(default_factory=list)
     tried: int | None = None
+    limit: float = math.inf
     example: dict | None = None  # a trajectory to show in the prompt
     instruction: str = ""
     steps: list[dict] = field(default_factory=list)
@@ -1605,7 +1607,7 @@ class Episode:
             turns[2 * (step - len(self.steps))] = ids  # the last two turns are those of the last step
         return turns
 
-    def record(self, turn: dict, result: tuple[str, float, str | None], limit: int) -> None:
+    def record(self, turn: dict, result: tuple[str, float, str | None], limit: float) -> None:
         observation, self.reward, self.end = result
         self.steps.append({**turn, "observation": observation, "reward": self.reward})
         if self.end is None and len(self.steps) == self.tried and not is_valid(observation):
@@ -1656,7 +1658,7 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
     def observe(worker: int, kind: str, *payload) -> bool:
         """Take an environment's answer in; whether the episode can go on (or has ended)."""
         episode = live[worker]
-        limit = turn_limit(episode.task, max_turns)
+        limit = min(turn_limit(episode.task, max_turns), episode.limit)
         if kind == "user error":
             raise UserError(payload[0])
         if kind == "refused":

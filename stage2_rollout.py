@@ -20,6 +20,7 @@ row by key:
 from __future__ import annotations
 
 import argparse
+import math
 import time
 
 from common import (CANDIDATES, TRAJECTORY, EnvironmentPool, Episode, StageOutput, UserError, add_engine_options,
@@ -33,6 +34,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--candidates", required=True, metavar="JSONL", help="what stage 1 wrote for them")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
+    parser.add_argument("--extra-turns", type=int, metavar="K", help="end a rollout K turns after the expert would have been "
+                        "done: by then an action has led astray, and a small policy goes in circles; default: never")
     add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
     return parser.parse_args()
 
@@ -50,11 +53,12 @@ def sampled_rollout(candidate: dict, action: dict, episode: Episode) -> dict:
     return rollout_row(episode.key, candidate, action, steps, episode.reward, gained, episode.end)
 
 
-def branch(key: str, candidate: dict, action: dict, trajectory: dict) -> Episode:
+def branch(key: str, candidate: dict, action: dict, trajectory: dict, extra_turns: int | None) -> Episode:
     """An episode that replays h_{t-1}, executes the sampled action and leaves the rest to the policy, unless it is refused."""
+    limit = math.inf if extra_turns is None else len(trajectory["steps"]) + extra_turns
     prefix = trajectory["steps"][:candidate["step"] - 1]
     sampled = {"thought": action["thought"], "action": action["action"]}
-    return Episode(key, trajectory["task"], forced=[*prefix, sampled], tried=candidate["step"])
+    return Episode(key, trajectory["task"], forced=[*prefix, sampled], tried=candidate["step"], limit=limit)
 
 
 def determined_by(candidate: dict, action: dict, trajectory: dict) -> tuple:
@@ -94,7 +98,7 @@ def main() -> None:
         if item[1]["source"] == "sample":
             first.setdefault(determined_by(*item), key)
     with StageOutput(args.out, settings_of(args), inputs) as output:
-        todo = [branch(key, *work[key]) for key in first.values() if key not in output.done]
+        todo = [branch(key, *work[key], args.extra_turns) for key in first.values() if key not in output.done]
         if todo:
             with EnvironmentPool(env, min(args.max_live, len(todo))) as pool:
                 sampling = turn_sampling(args.temperature, args.max_tokens)

@@ -130,13 +130,16 @@ def test_what_an_earlier_rollout_determines_is_not_played_again(tmp_path, monkey
     assert rollouts["b/step1/1"]["steps"] == rollouts["a/step1/1"]["steps"] and rollouts["a/step1/1"]["end"] == "wrong focus"
 
 
-def test_a_rollout_ends_where_its_action_is_refused_and_goes_on_over_the_policys_own_refusals(games):
+@pytest.mark.parametrize("action, extra, end, turns", [
+    ("fly to moon 1", None, "refused", 2), ("look", None, "turn limit", 5), ("look", 1, "turn limit", 3),
+    ("look", 0, "turn limit", 2), ("look", 9, "turn limit", 5)])
+def test_a_rollout_ends_at_its_limits_and_where_its_action_is_refused_but_not_the_policys_own(
+        games, action, extra, end, turns):
     trajectory = {"task": games[0], "steps": [{"thought": "", "action": "inventory"}] * 2}
-    for action, end, turns in (("fly to moon 1", "refused", 2), ("look", "turn limit", 5)):
-        episode = stage2_rollout.branch("k", {"step": 2}, {"thought": "", "action": action}, trajectory)
-        with EnvironmentPool("alfworld", 1) as pool:
-            list(play([episode], Scripted(["fly to moon 1"]), pool, {}, 0, 5))
-        assert episode.end == end and len(episode.steps) == turns and not episode.failures
+    episode = stage2_rollout.branch("k", {"step": 2}, {"thought": "", "action": action}, trajectory, extra)
+    with EnvironmentPool("alfworld", 1) as pool:
+        list(play([episode], Scripted(["fly to moon 1"]), pool, {}, 0, 5))
+    assert episode.end == end and len(episode.steps) == turns and not episode.failures
 
 
 @pytest.mark.parametrize("step, gained", [(1, 0.25), (2, 0.0), (3, 0.5)])
