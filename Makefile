@@ -60,16 +60,15 @@ BATCH ?= 4
 LORA_RANK ?= 0
 MAX_TOKENS ?= 384
 EXTRA_TURNS ?= 4
+FOLDS ?= 2
 ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30 and dozens of training tasks, without grow-plant, where only every other gold
 # path is that short.
 TYPES ?= find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
-TASKS ?= 180
-SFT_FIRST ?= 90
+TASKS ?= 120
 TEST_TASKS ?= 70
 else
 TASKS ?= 200
-SFT_FIRST ?= 130
 TEST_TASKS ?= 70
 endif
 else ifeq ($(PROFILE),paper)
@@ -92,11 +91,14 @@ LATER_EPOCHS ?= 1
 CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
 GUIDED ?= no#             for small base models. reasons: verdicts come from the rollouts, the base model gives the
 #                         reasons; verdicts: no model is asked, reasons are the old thoughts
+ifeq ($(strip $(FOLDS)),1)
+$(error FOLDS is 1; it can be empty, for none, or 2 and more)
+endif
 ifeq ($(filter no reasons verdicts,$(GUIDED)),)
 $(error GUIDED is '$(GUIDED)'; it can be no, reasons or verdicts)
 endif
-SFT_FIRST ?=#             SFT is finetuned on the first so many trajectories, SAND and its control on the others: small
-#                         models learn theirs by heart and then find no mistakes there
+FOLDS ?=#                 for models that learn their experts by heart and then find no mistakes there: iteration 1 samples
+#                         and rolls out every fold of the experts with a policy finetuned on the others, e.g. 2
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
 EXTRA_TURNS ?=#           a rollout ends so many turns after the expert would have been done; empty: at the turn limit
@@ -132,7 +134,7 @@ iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-u
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED SFT_FIRST EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED FOLDS EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -180,7 +182,6 @@ endef
 SELECT = $(if $(TYPES),--task-types $(strip $(TYPES))) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
 EXPERT_OPTIONS = --env $(strip $(ENV)) $(if $(TASKS),--num-tasks $(strip $(TASKS))) $(SELECT) $(if $(strip $(PUBLISHED)),--published $(strip $(PUBLISHED)))
 TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED))
-FIRST = $(addprefix --first ,$(SFT_FIRST))
 ENGINE = --max-live $(strip $(MAX_LIVE))
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) --seed $(strip $(SEED))
@@ -188,8 +189,8 @@ BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided 
 SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/sft-first,$(SFT_FIRST)))
-$(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(FIRST) $(TRAIN_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/folds,$(FOLDS)))
+$(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/base,$(MODEL)))
@@ -206,22 +207,19 @@ evals = $(foreach f,$1,$f/eval-seen.jsonl $f/eval-unseen.jsonl)
 ifeq ($(filter iter,$(MAKECMDGOALS)),)
 $(R)/expert.jsonl: stage0_sft.py common.py $(TASK_TABLE) $(strip $(PUBLISHED)) $(R)/.uses/expert | $(READY)
 	$(PYTHON) stage0_sft.py expert $(EXPERT_OPTIONS) --out $@
-$(R)/expert-rest.jsonl: $(R)/expert.jsonl $(R)/.uses/sft-first
-	tail -n +$$(($(SFT_FIRST) + 1)) $< > $@.tmp && mv $@.tmp $@
 
 $(R)/iter0/model/config.json: $(R)/expert.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
-	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(FIRST) $(TRAIN_OPTIONS) --out $(@D)
+	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $(@D)
 
 $(call evals,$(R)/base) &: evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
 	$(PYTHON) evaluate.py run --model $(MODEL) $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 endif
 
 # ---- Stages 1 to 5 of iteration K ----
-REST := $(R)/expert$(if $(strip $(SFT_FIRST)),-rest).jsonl
 before = $(shell expr $1 - 1)
 folder = $(if $(filter 0,$1),$(R),$(I))/iter$1
 policy = $(call folder,$(call before,$1))/model
-experts = $(if $(or $(filter 1,$1),$(filter more-sft,$(VARIANT))),$(REST),$(call folder,$(call before,$1))/deliberations.jsonl)
+experts = $(if $(or $(filter 1,$1),$(filter more-sft,$(VARIANT))),$(R)/expert.jsonl,$(call folder,$(call before,$1))/deliberations.jsonl)
 # What stage 4 is given: stages 1 to 3, stage 1 alone (no-eac), or nothing (no-sas). A variant shares the first samples and
 # rollouts.
 shared = $(if $(filter 1,$1),$(R),$(I))/iter$1
@@ -230,11 +228,25 @@ rollouts = $(call shared,$1)/rollouts.jsonl
 sampled = $(if $(filter no-sas,$(VARIANT)),,$(call candidates,$1))
 judged = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1) $(call folder,$1)/critiques.jsonl)
 
+# A fold of the experts, and a policy that does not know them, since it was finetuned on the others.
+folds := $(if $(strip $(FOLDS)),$(shell seq $(FOLDS)))
+define fold
+$(R)/fold$1/expert.jsonl: $(R)/expert.jsonl $(R)/.uses/folds
+	@mkdir -p $$(@D)
+	awk -v n=$$$$(wc -l < $$<) 'int((NR - 1) * $(FOLDS) / n) == $1 - 1' $$< > $$@.tmp && mv $$@.tmp $$@
+$(R)/fold$1/others.jsonl: $(foreach f,$(filter-out $1,$(folds)),$(R)/fold$f/expert.jsonl)
+	cat $$^ > $$@.tmp && mv $$@.tmp $$@
+$(R)/fold$1/model/config.json: $(R)/fold$1/others.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
+	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $$< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $$(@D)
+endef
+# $(call sampling,FOLDER,TRAJECTORIES,POLICY): stages 1 and 2.
+define sampling
+$1/candidates.jsonl: $2 $3/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
+	$(PYTHON) stage1_sample.py --model $3 --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
+$1/rollouts.jsonl: $1/candidates.jsonl stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
+	$(PYTHON) stage2_rollout.py --model $3 --trajectories $2 --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
+endef
 define iteration
-$(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
-	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
-$(call rollouts,$1): $(call candidates,$1) stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
-	$(PYTHON) stage2_rollout.py --model $(call policy,$1) --trajectories $(call experts,$1) --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/critiques.jsonl: $(call rollouts,$1) stage3_critique.py common.py prompts/critique.txt $(I)/.uses/critique | $(call packaged,$(JUDGE))
 	$(PYTHON) stage3_critique.py --trajectories $(call experts,$1) --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(call packaged,$(JUDGE))
@@ -255,6 +267,13 @@ endef
 # `make iter ITER=k` takes the earlier iterations as they are, even if they are stale; `make all` makes them.
 ITERATIONS := $(if $(filter iter,$(MAKECMDGOALS)),$(ITER),$(shell seq $(ITERS)))
 $(foreach k,$(ITERATIONS),$(eval $(call iteration,$(strip $k))))
+$(foreach k,$(if $(folds),$(filter-out 1,$(ITERATIONS)),$(ITERATIONS)),$(eval $(call sampling,$(call shared,$k),$(call experts,$k),$(call policy,$k))))
+ifneq ($(and $(folds),$(filter 1,$(ITERATIONS))),)
+$(foreach f,$(folds),$(eval $(call fold,$f))$(eval $(call sampling,$(R)/fold$f,$(R)/fold$f/expert.jsonl,$(R)/fold$f/model)))
+$(R)/iter1/candidates.jsonl $(R)/iter1/rollouts.jsonl: $(R)/iter1/%: $(foreach f,$(folds),$(R)/fold$f/%)
+	@mkdir -p $(@D)
+	cat $^ > $@.tmp && mv $@.tmp $@
+endif
 $(foreach k,$(if $(filter iter,$(MAKECMDGOALS)),$(ITER),0 $(ITERATIONS)),$(eval $(call evaluation,$(strip $k))))
 ifneq ($(filter iter,$(MAKECMDGOALS)),)
 MISSING := $(foreach file,$(call experts,$(ITER)) $(call policy,$(ITER))/config.json,$(if $(wildcard $(file)),,$(file)))

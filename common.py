@@ -1717,7 +1717,6 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the finetuned model goes")
     group = parser.add_argument_group("finetuning (section 5.3)")
     group.add_argument("--epochs", type=float, default=epochs, help="default: %(default)s")
-    group.add_argument("--first", type=int, metavar="N", help="only the first N trajectories; default: all")
     group.add_argument("--as-long-as", metavar="FOLDER", help="instead of --epochs: as many training tokens as this model "
                        "had, prompts and observations included, for a control of the same budget; epochs and steps follow")
     group.add_argument("--learning-rate", type=float, default=1e-5, help="with a cosine schedule; default: %(default)s")
@@ -1796,8 +1795,6 @@ def finetune(args: argparse.Namespace) -> None:
 
 def _finetune(args: argparse.Namespace) -> None:
     trajectories = read_rows(args.data, TRAJECTORY)
-    if args.first is not None:
-        trajectories = first_of(trajectories, args.first, args.data)
     check_model_folder(args.model)
     import torch
     from safetensors import SafetensorError
@@ -1865,14 +1862,6 @@ def _finetune(args: argparse.Namespace) -> None:
           f"{args.max_model_len} tokens) x {args.epochs:g} epochs, "
           f"{trainer.state.global_step} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; {out}; "
           f"{duration(time.time() - started)}")
-
-
-def first_of(trajectories: list[dict], first: int, path: str) -> list[dict]:
-    """What SFT sees when the later trajectories are left for iteration 1 to deliberate on; some must be."""
-    if not 0 < first < len(trajectories):
-        raise UserError(f"{path}: has {len(trajectories)} trajectories, --first {first} (SFT_FIRST) must leave some on both "
-                        "sides; choose another, or collect more (TASKS)")
-    return trajectories[:first]
 
 
 def training_record(model: str) -> Path:

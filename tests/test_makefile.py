@@ -123,7 +123,7 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("TEST_TASKS=2", ["evaluate run"] * 3),
     ("TASKS=3", ["stage0_sft expert", "stage0_sft train", "evaluate run", *ITERATION]),
     ("CRITIC=some/other", ITERATION[2:]),
-    ("SFT_FIRST=1", ["stage0_sft train", "evaluate run", *ITERATION]),
+    ("FOLDS=2", ["stage0_sft train", "stage0_sft train", "stage1_sample", "stage2_rollout", *ITERATION]),
     ("GUIDED=verdicts", ITERATION[2:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),
@@ -213,18 +213,22 @@ def test_the_control_goes_on_from_sft_with_the_expert_data_as_long_as_sand_did(p
     assert status == 2 and "there is no runs/t/iter2/model/config.json; make it first, without VARIANT" in stdout
 
 
-def test_sft_leaves_trajectories_to_sand_and_its_control(project):
-    assert project.make("runs/t/expert-rest.jsonl", "SFT_FIRST=1")[0] == 0
-    assert project.rows("expert-rest.jsonl") == project.rows("expert.jsonl")[1:]
+def test_every_fold_is_sampled_with_a_policy_that_was_finetuned_on_the_others(project):
+    parts = [f"runs/t/fold{n}/{name}.jsonl" for name in ("expert", "others") for n in (1, 2)]
+    assert project.make(*parts, "FOLDS=2")[0] == 0
+    experts = project.rows("expert.jsonl")
+    first, second = project.rows("fold1/expert.jsonl"), project.rows("fold2/expert.jsonl")
+    assert first and second and first + second == experts
+    assert project.rows("fold1/others.jsonl") == second and project.rows("fold2/others.jsonl") == first
 
-    def trajectories(stage, *variables):
-        _, stdout, _ = project.make("-n", "all", "SFT_FIRST=1", *variables)
-        return re.findall(stage + r"\.py .*-(?:trajectories|data) (\S+)", stdout)
-    assert re.search(r"train .*--data runs/t/expert\.jsonl .*--first 1 ", project.make("-n", "all", "SFT_FIRST=1")[1])
-    rest, later = "runs/t/expert-rest.jsonl", "runs/t/iter1/deliberations.jsonl"
-    assert trajectories("stage1_sample", "ITERS=2") == [rest, later]
-    assert trajectories("stage4_synthesize", "VARIANT=no-sas") == [rest]
-    assert trajectories("stage0_sft", "VARIANT=more-sft")[-1] == rest
+    _, stdout, _ = project.make("-n", "all", "FOLDS=2", "ITERS=2")
+    assert re.findall(r"train .*--data runs/t/fold(.)/others\.jsonl .*--out runs/t/fold(.)/model", stdout) == [
+        ("1", "1"), ("2", "2")]
+    assert re.findall(r"stage1_sample\.py --model (\S+) --trajectories (\S+)", stdout) == [
+        ("runs/t/fold1/model", "runs/t/fold1/expert.jsonl"), ("runs/t/fold2/model", "runs/t/fold2/expert.jsonl"),
+        ("runs/t/iter1/model", "runs/t/iter1/deliberations.jsonl")]
+    for name in ("candidates", "rollouts"):
+        assert f"cat runs/t/fold1/{name}.jsonl runs/t/fold2/{name}.jsonl > runs/t/iter1/{name}.jsonl" in stdout
 
 
 def test_a_study_is_the_run_its_control_and_its_ablations(project):

@@ -49,12 +49,6 @@ def test_a_missing_file_names_the_stage_to_run(refuses):
     assert "expert.jsonl: cannot be read (No such file" in refuses(*SAMPLE)
 
 
-@pytest.mark.parametrize("n", [-1, 1])
-def test_the_experts_are_cut_in_two_or_not_at_all(refuses, tmp_path, n):
-    write(tmp_path / "expert.jsonl", ROW)
-    assert f"expert.jsonl: has 1 trajectories, --first {n} (SFT_FIRST) must leave some" in refuses(*TRAIN, "--first", n)
-
-
 def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path):
     write(tmp_path / "expert.jsonl", ROW)
     write(tmp_path / "candidates.jsonl", CANDIDATE)
@@ -264,10 +258,10 @@ def test_a_finetuned_model_is_a_plain_folder_that_has_learnt(script, tmp_path, o
 @pytest.mark.slow
 def test_a_control_trains_on_as_many_tokens_as_the_model_it_is_compared_with(script, tmp_path, tiny_model):
     longer = ROW | {"steps": [STEP | {"thought": "I look at what is here and wonder what it is good for."}] * 3}
-    write(tmp_path / "expert.jsonl", *(longer | {"key": key} for key in "abcd"))
+    write(tmp_path / "expert.jsonl", *(longer | {"key": key} for key in "abc"))
     write(tmp_path / "plain.jsonl", ROW)
     train = ("stage0_sft.py", "train", "--model", tiny_model, "--batch-size", 1)
-    assert script(*train, "--data", "expert.jsonl", "--first", 3, "--epochs", 2, "--out", "sand").returncode == 0
+    assert script(*train, "--data", "expert.jsonl", "--epochs", 2, "--out", "sand").returncode == 0
     done = script(*train, "--data", "plain.jsonl", "--as-long-as", "sand", "--out", "control")
     assert done.returncode == 0, done.stderr
     sand, control = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("sand", "control"))
