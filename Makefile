@@ -91,14 +91,14 @@ LATER_EPOCHS ?= 1
 CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
 GUIDED ?= no#             for small base models. reasons: verdicts come from the rollouts, the base model gives the
 #                         reasons; verdicts: no model is asked, reasons are the old thoughts
-ifeq ($(strip $(FOLDS)),1)
-$(error FOLDS is 1; it can be empty, for none, or 2 and more)
-endif
 ifeq ($(filter no reasons verdicts,$(GUIDED)),)
 $(error GUIDED is '$(GUIDED)'; it can be no, reasons or verdicts)
 endif
 FOLDS ?=#                 for models that learn their experts by heart and then find no mistakes there: iteration 1 samples
 #                         and rolls out every fold of the experts with a policy finetuned on the others, e.g. 2
+ifeq ($(strip $(FOLDS)),1)
+$(error FOLDS is 1; it can be empty, for none, or 2 and more)
+endif
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
 EXTRA_TURNS ?=#           a rollout ends so many turns after the expert would have been done; empty: at the turn limit
@@ -204,12 +204,16 @@ $(eval $(call remember,$(R)/.uses/evaluate,$(EVAL_OPTIONS)))
 evals = $(foreach f,$1,$f/eval-seen.jsonl $f/eval-unseen.jsonl)
 
 # ---- Stage 0: expert trajectories, SFT ----
+# $(call sft,FOLDER,TRAJECTORIES)
+define sft
+$1/model/config.json: $2 stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
+	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $$< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $$(@D)
+endef
 ifeq ($(filter iter,$(MAKECMDGOALS)),)
 $(R)/expert.jsonl: stage0_sft.py common.py $(TASK_TABLE) $(strip $(PUBLISHED)) $(R)/.uses/expert | $(READY)
 	$(PYTHON) stage0_sft.py expert $(EXPERT_OPTIONS) --out $@
 
-$(R)/iter0/model/config.json: $(R)/expert.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
-	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $(@D)
+$(eval $(call sft,$(R)/iter0,$(R)/expert.jsonl))
 
 $(call evals,$(R)/base) &: evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
 	$(PYTHON) evaluate.py run --model $(MODEL) $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
@@ -228,7 +232,7 @@ rollouts = $(call shared,$1)/rollouts.jsonl
 sampled = $(if $(filter no-sas,$(VARIANT)),,$(call candidates,$1))
 judged = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1) $(call folder,$1)/critiques.jsonl)
 
-# A fold of the experts, and a policy that does not know them, since it was finetuned on the others.
+# A fold of the experts, and the others, for a policy that does not know it.
 folds := $(if $(strip $(FOLDS)),$(shell seq $(FOLDS)))
 define fold
 $(R)/fold$1/expert.jsonl: $(R)/expert.jsonl $(R)/.uses/folds
@@ -236,8 +240,6 @@ $(R)/fold$1/expert.jsonl: $(R)/expert.jsonl $(R)/.uses/folds
 	awk -v n=$$$$(wc -l < $$<) 'int((NR - 1) * $(FOLDS) / n) == $1 - 1' $$< > $$@.tmp && mv $$@.tmp $$@
 $(R)/fold$1/others.jsonl: $(foreach f,$(filter-out $1,$(folds)),$(R)/fold$f/expert.jsonl)
 	cat $$^ > $$@.tmp && mv $$@.tmp $$@
-$(R)/fold$1/model/config.json: $(R)/fold$1/others.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
-	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $$< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $$(@D)
 endef
 # $(call sampling,FOLDER,TRAJECTORIES,POLICY): stages 1 and 2.
 define sampling
@@ -269,7 +271,7 @@ ITERATIONS := $(if $(filter iter,$(MAKECMDGOALS)),$(ITER),$(shell seq $(ITERS)))
 $(foreach k,$(ITERATIONS),$(eval $(call iteration,$(strip $k))))
 $(foreach k,$(if $(folds),$(filter-out 1,$(ITERATIONS)),$(ITERATIONS)),$(eval $(call sampling,$(call shared,$k),$(call experts,$k),$(call policy,$k))))
 ifneq ($(and $(folds),$(filter 1,$(ITERATIONS))),)
-$(foreach f,$(folds),$(eval $(call fold,$f))$(eval $(call sampling,$(R)/fold$f,$(R)/fold$f/expert.jsonl,$(R)/fold$f/model)))
+$(foreach f,$(folds),$(eval $(call fold,$f))$(eval $(call sft,$(R)/fold$f,$(R)/fold$f/others.jsonl))$(eval $(call sampling,$(R)/fold$f,$(R)/fold$f/expert.jsonl,$(R)/fold$f/model)))
 $(R)/iter1/candidates.jsonl $(R)/iter1/rollouts.jsonl: $(R)/iter1/%: $(foreach f,$(folds),$(R)/fold$f/%)
 	@mkdir -p $(@D)
 	cat $^ > $@.tmp && mv $@.tmp $@
