@@ -288,17 +288,21 @@ $(ITERATIONS:%=$(R)/iter%/model/config.json):
 endif
 
 # ---- Baselines, a whole study and the report ----
+AT_ONCE = $(ITERATIONS:%=$(R)/iter%/no-deliberation)
 # A make of its own for every VARIANT, since that is a variable of a whole make.
-study: ## all, then its control more-sft, its ablations and base with one example: the README's main table
+study: ## all, then its control more-sft, its ablations, SAND acting at once and base with one example: the README's main table
 	$(MAKE) all
 	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
-	$(foreach v,no-sas no-eac $(if $(filter verdicts,$(GUIDED)),reasons,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-reasons),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(R)/base-example/eval-seen.jsonl
+	$(foreach v,no-sas no-eac $(if $(filter verdicts,$(GUIDED)),reasons,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-reasons),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(call evals,$(R)/base-example $(AT_ONCE))
 	$(MAKE) report
 
-baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K))) ## base with one example in its prompt, SFT's best of K tries
+baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K)) $(AT_ONCE)) ## base with an example in its prompt, SFT's best of K tries, SAND acting at once
 
 $(call evals,$(R)/base-example) &: $(R)/expert.jsonl evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
 	$(PYTHON) evaluate.py run --model $(MODEL) --example $< $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
+# With the weights the same: what is deliberating itself worth?
+$(call evals,$(R)/iter%/no-deliberation): $(R)/iter%/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
+	$(PYTHON) evaluate.py run --model $(R)/iter$*/model --no-deliberation $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 $(call evals,$(R)/iter0/best-of-$(strip $(K))) &: $(R)/iter0/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
 	$(PYTHON) evaluate.py run --model $(R)/iter0/model --best-of $(strip $(K)) --temperature 1 $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 

@@ -7,7 +7,8 @@
 
 `run` plays every test task once and writes OUT/eval-seen.jsonl and OUT/eval-unseen.jsonl, one episode a row with its
 whole transcript, and prints a line for each: average reward, reward a step and deliberation rate (section 6.3), tokens
-a task (section 6.5). --example puts an expert trajectory into the prompt; --best-of K --temperature 1 plays K times.
+a task (section 6.5). --example puts an expert trajectory into the prompt; --best-of K --temperature 1 plays K times;
+--no-deliberation has a policy that deliberates act at once.
 
     {"key": "scienceworld/find-animal/225", "env": "scienceworld", "task": "...", "split": "unseen",
      "instruction": "...", "reward": 0.5, "end": "turn limit", "tokens": 211,
@@ -69,6 +70,7 @@ from common import (
 TEST_SPLITS = ("seen", "unseen")
 RESAMPLES = 10_000  # of the bootstrap
 CONTROL = "SFT, as long as {}"  # what VARIANT=more-sft is called
+AT_ONCE = r"(Thought: [^\n-][^\n]*\n)?Action: [^\n]+"  # a turn without a list of candidates
 
 # Average rewards of the paper's table 2 and 3, in percent, as (method, ScienceWorld seen, unseen, ALFWorld seen, unseen).
 QUOTED = [
@@ -112,6 +114,8 @@ def parse_arguments() -> argparse.Namespace:
                      "first of the task's type, else the first of all")
     run.add_argument("--best-of", type=int, default=1, metavar="K", help="play each task K times and keep the best "
                      "reward (the environment judges: an upper bound for any judge); use it with --temperature 1")
+    run.add_argument("--no-deliberation", action="store_true", help="hold every turn to a line of thought that is no list "
+                     "of actions: with the weights the same, what is deliberating itself worth?")
     add_engine_options(run, model="the policy to evaluate", temperature=0.0, max_tokens=512)
     report = commands.add_parser("report", help="write report.md and its figures for a run")
     report.add_argument("folder", type=Path, help="the run's folder, such as runs/laptop-scienceworld")
@@ -234,6 +238,8 @@ def run(args: argparse.Namespace) -> None:
             pool = stack.enter_context(EnvironmentPool(args.env, min(args.max_live, len(todo))))
             engine = make_engine(args)
             sampling = turn_sampling(args.temperature, args.max_tokens)
+            if args.no_deliberation:
+                sampling["regex"] = AT_ONCE
             episodes = failures_last(play(todo, engine, pool, sampling, args.seed, args.max_turns),
                                      lambda episode: failure(episode.end), sum(map(len, tasks.values())) * args.best_of)
             for episode in progress(episodes, total=len(todo), desc="evaluate"):
@@ -295,6 +301,8 @@ def model_names(folder: Path) -> dict[str, str]:
     for path in sorted(folder.glob("*/best-of-*")):
         of = names.get(path.parent.name, path.parent.name)
         names[path.relative_to(folder).as_posix()] = f"{of}, best of {path.name.removeprefix('best-of-')}"
+    for path in sorted(folder.glob("*/no-deliberation")):
+        names[path.relative_to(folder).as_posix()] = f"{names.get(path.parent.name, path.parent.name)}, acting at once"
     return names
 
 
@@ -302,7 +310,7 @@ def outdated(model: Path, folder: Path) -> str | None:
     """Why a model's evaluation is of an earlier run, told by its files' times: it is older than the model, or the model
     is older than the one it was finetuned from, or a control than the model it was trained as long as. None where it is
     current, or where the models are not there."""
-    home = model.parent if model.name.startswith("best-of-") else model
+    home = model.parent if model.name.startswith(("best-of-", "no-deliberation")) else model
     if not re.fullmatch(r"iter\d+", home.name):
         return None
     before = int(home.name[4:]) - 1

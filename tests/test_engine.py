@@ -12,8 +12,9 @@ import time
 
 import pytest
 
-from common import ChatFormat, ServerEngine, UserError, bfloat16_is_fast, generate, generate_checked
+from common import (ChatFormat, ServerEngine, UserError, bfloat16_is_fast, generate, generate_checked, parse_turn)
 from conftest import MODEL
+from evaluate import AT_ONCE
 
 pytestmark = pytest.mark.slow
 # Greedy, the model prefers each token of "The capital of France is Paris." to the next best by at least 1.7 nats: far more
@@ -74,6 +75,13 @@ def test_a_regular_expression_holds_the_form(engine):
     form = r"Action: (look around|wait)"
     (output,) = ask(engine, regex=form, max_tokens=30)
     assert re.fullmatch(form, output.text)
+
+
+def test_a_model_that_would_write_a_list_can_be_held_to_act_at_once(engine):
+    request = ["You are in a kitchen. Reply with a list of three actions."]
+    (free,), (held,) = ask(engine, request, max_tokens=100), ask(engine, request, max_tokens=100, regex=AT_ONCE)
+    assert free.text.count("\n") >= 2 and not parse_turn(free.text)["action"]
+    assert re.fullmatch(AT_ONCE, held.text) and parse_turn(held.text)["action"]
 
 
 def test_a_prompt_longer_than_the_context_says_so(engine):

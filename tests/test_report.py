@@ -164,12 +164,12 @@ def test_the_figures_show_the_data(finished):
 
 def test_variants_and_baselines_stand_beside_the_run(finished):
     for folder in ("more-sft/iter1", "self-critic/iter1", "no-sas/iter1", "no-eac/iter1", "no-reasons/iter1",
-                   "reasons/iter1", "base-example", "iter0/best-of-5", "iter2"):
+                   "reasons/iter1", "base-example", "iter0/best-of-5", "iter1/no-deliberation", "iter2"):
         write(finished, folder, [0, 0, 0])
     assert list(evaluations(finished)) == [
         "base", "base, one example", "SFT", "SAND-1", "SAND-2", "SFT, as long as SAND-1", "SAND-1 judging itself",
         "SAND-1 w/o SAS", "SAND-1 w/o EAC", "SAND-1 w/o reasons",
-        "SAND-1 with reasons", "SFT, best of 5"]
+        "SAND-1 with reasons", "SFT, best of 5", "SAND-1, acting at once"]
 
 
 def test_sand_is_compared_with_sft_of_the_same_length(finished):
@@ -197,13 +197,13 @@ def test_evaluations_on_other_tasks_are_not_compared(finished):
 
 
 def test_an_evaluation_of_an_earlier_run_is_left_out_and_named(finished, capsys):
-    for n, model in enumerate(("iter0", "iter1", "iter1/best-of-5")):
+    for n, model in enumerate(("iter0", "iter1", "iter1/best-of-5", "iter1/no-deliberation")):
         write(finished, model, [0, 0, 0])
-        config = finished / model.removesuffix("/best-of-5") / "model" / "config.json"
+        config = finished / model.split("/")[0] / "model" / "config.json"
         config.parent.mkdir(exist_ok=True)
         config.touch()
         os.utime(config, (n, n))
-    assert list(evaluations(finished)) == ["base", "SFT", "SAND-1", "SAND-1, best of 5"]
+    assert list(evaluations(finished)) == ["base", "SFT", "SAND-1", "SAND-1, best of 5", "SAND-1, acting at once"]
     os.utime(finished / "iter0" / "model" / "config.json", (9, 9))  # SFT was trained again
     assert list(evaluations(finished)) == ["base", "SFT"]
     assert "left out SAND-1: " in capsys.readouterr().err
