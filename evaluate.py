@@ -298,11 +298,10 @@ def model_names(folder: Path) -> dict[str, str]:
         found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
         for path in sorted(found, key=lambda path: int(path.name[4:])):
             names[path.relative_to(folder).as_posix()] = label.format(path.name[4:])
-    for path in sorted(folder.glob("*/best-of-*")):
+    for path in (*sorted(folder.glob("*/best-of-*")), *sorted(folder.glob("*/no-deliberation"))):
         of = names.get(path.parent.name, path.parent.name)
-        names[path.relative_to(folder).as_posix()] = f"{of}, best of {path.name.removeprefix('best-of-')}"
-    for path in sorted(folder.glob("*/no-deliberation")):
-        names[path.relative_to(folder).as_posix()] = f"{names.get(path.parent.name, path.parent.name)}, acting at once"
+        how = "acting at once" if path.name == "no-deliberation" else f"best of {path.name.removeprefix('best-of-')}"
+        names[path.relative_to(folder).as_posix()] = f"{of}, {how}"
     return names
 
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from common import (ChatFormat, ServerEngine, UserError, bfloat16_is_fast, generate, generate_checked, parse_turn)
+from common import ChatFormat, ServerEngine, UserError, bfloat16_is_fast, generate, generate_checked, parse_turn
 from conftest import MODEL
 from evaluate import AT_ONCE
 
