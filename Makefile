@@ -7,7 +7,6 @@ $(error GNU make 4.3 or newer is needed, this is $(MAKE_VERSION))
 endif
 SHELL := /bin/bash
 .SECONDARY:
-.PRECIOUS: %/model/config.json# Ctrl-C while a finished training cleans up must not cost it
 .DEFAULT_GOAL := help
 
 # ---- Variables: `make all N=3 ITERS=2` ----
@@ -305,6 +304,10 @@ $(call evals,$(R)/iter%/no-deliberation): $(R)/iter%/model/config.json evaluate.
 	$(PYTHON) evaluate.py run --model $(R)/iter$*/model --no-deliberation $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 $(call evals,$(R)/iter0/best-of-$(strip $(K))) &: $(R)/iter0/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
 	$(PYTHON) evaluate.py run --model $(R)/iter0/model --best-of $(strip $(K)) --temperature 1 $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
+
+# Outputs appear whole or not at all, so make need not delete any when it is stopped just as a stage ends.
+FOLDERS = $(R) $(folds:%=$(R)/fold%) $(R)/base $(R)/base-example $(R)/iter0/best-of-$(strip $(K)) $(AT_ONCE) $(foreach k,0 $(ITERATIONS),$(call folder,$k) $(call shared,$k))
+.PRECIOUS: $(foreach f,$(sort $(FOLDERS)),$(addprefix $f/,expert.jsonl others.jsonl candidates.jsonl rollouts.jsonl critiques.jsonl deliberations.jsonl model/config.json)) $(call evals,$(sort $(FOLDERS)))
 
 # Whatever else was evaluated in this run: baselines, variants.
 EVALUATIONS = $(wildcard $(R)/*/eval-*.jsonl $(R)/*/*/eval-*.jsonl)

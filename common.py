@@ -687,6 +687,7 @@ class ScienceWorld:
         import logging
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # a dead Java is reported once, as the episode's failure
         from scienceworld import ScienceWorldEnv
+        ScienceWorldEnv.__del__ = lambda self: None  # only closes, and fails with a traceback where Java never came up
         self.env = ScienceWorldEnv()
 
     def load(self, task: str, gold_path: bool = False) -> str:

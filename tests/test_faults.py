@@ -8,6 +8,8 @@ import re
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import psutil
@@ -16,7 +18,7 @@ import pytest
 import common
 from common import (AlfWorld, EnvironmentPool, Episode, ScienceWorld, ServerEngine, StageOutput, UserError,
                     alfworld_tasks, failure, failures_last, generate, list_tasks, play, read_rows, write_practice_games)
-from conftest import MOVES, Server, serve, wait_until_gone
+from conftest import MOVES, ROOT, Server, serve, wait_until_gone
 from test_scheduler import Scripted
 from test_stages import CANDIDATE, ROLL_OUT, ROW, SAMPLE, TRAIN, write
 
@@ -70,6 +72,14 @@ def test_an_episode_whose_environment_fails_is_replayed_on_a_fresh_one(harm, und
         assert played(pool, policy) == undisturbed
         assert policy.after <= 0 and pool.workers[0][0].pid != first
     assert not wait_until_gone(harm)
+
+
+def test_a_java_that_never_comes_up_is_said_once(tmp_path):
+    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "java").chmod(0o755)
+    started = subprocess.run([sys.executable, "-c", "import common; common.ScienceWorld()"], cwd=ROOT, text=True,
+                             capture_output=True, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert started.returncode == 1 and started.stderr.count("Traceback") == 1, started.stderr
 
 
 class Cursed(EnvironmentPool):

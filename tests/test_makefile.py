@@ -28,10 +28,10 @@ class Project:
             (folder / name).symlink_to(ROOT / name)
         self.folder, self.run = folder, folder / "runs" / "t"
 
-    def start(self, *arguments):
+    def start(self, *arguments, **variables):
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         return subprocess.Popen(["make", *SMALLEST, *arguments], cwd=self.folder, text=True, start_new_session=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment | variables)
 
     def make(self, *arguments):
         """-> (exit status, stdout, stderr)"""
@@ -168,6 +168,45 @@ def test_a_kill_loses_nothing_and_only_the_rest_is_made(project):
     assert [row["key"] for row in after] == [row["key"] for row in before]
     assert all(row in after for row in kept) and not part.exists()
     assert project.make("all")[1] == "make: Nothing to be done for 'all'.\n"
+
+
+STAND_IN = """#!/bin/bash
+# Writes what the stage would, says so in stand-in.wrote, and goes on for as long as PAUSE says.
+while [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done
+case ${out:=$1/report.md} in
+    *.jsonl | *.md) made=$out ;;
+    */model) made=$out/config.json ;;
+    *) made="$out/eval-seen.jsonl $out/eval-unseen.jsonl"
+esac
+mkdir -p $(dirname $made) && echo {} | tee $made && echo $made >> stand-in.wrote && sleep ${PAUSE:-0}
+"""
+
+
+def test_make_stopped_just_as_a_stage_ends_keeps_what_it_made(tmp_path):
+    """Every output of a study, by a stand-in for the stages: the moment is too short to be hit with the real ones."""
+    project = Project(tmp_path / "project")
+    wrote = project.folder / "stand-in.wrote"
+    (project.folder / "stand-in").write_text(STAND_IN)
+    (project.folder / "stand-in").chmod(0o755)
+    stand_in = ("ITERS=2", "FOLDS=2", "PYTHON=./stand-in")
+    for arguments in (("all",), ("baselines",), ("all", "VARIANT=more-sft"), ("all", "VARIANT=no-reasons")):
+        status, _, stderr = project.make(*arguments, *stand_in)
+        assert status == 0, stderr
+    outputs = [line.split() for line in wrote.read_text().splitlines() if not line.endswith("report.md")]
+    assert len(outputs) == len({made[0] for made in outputs}) > 25
+    for made in reversed(outputs):  # so that nothing that a later one is made from is newer than it was
+        for name in made:
+            (project.folder / name).unlink()
+        wrote.unlink()
+        variant = [name for name in ("more-sft", "no-reasons") if f"/{name}/" in made[0]]
+        stopped = project.start(made[0], *stand_in, f"VARIANT={''.join(variant)}", PAUSE="60")
+        while not (wrote.exists() and wrote.read_text()):
+            assert stopped.poll() is None, stopped.communicate()
+            time.sleep(0.01)
+        assert wrote.read_text().split() == made
+        os.killpg(stopped.pid, signal.SIGTERM)
+        stopped.communicate()
+        assert all((project.folder / name).exists() for name in made), made
 
 
 def test_a_finished_run_is_as_it_was_made_until_something_changes(project):
