@@ -1709,6 +1709,7 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
 # ----------------------------------------------------------------------------------------------------------------
 
 CHECKPOINTS = 5  # of a training; a kill costs the steps since the last one
+WARM_UP = 0.1  # of the steps; at the full rate from the first on, Adam undoes more than it learns
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
@@ -1720,7 +1721,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
     group.add_argument("--epochs", type=float, default=epochs, help="default: %(default)s")
     group.add_argument("--as-long-as", metavar="FOLDER", help="instead of --epochs: as many training tokens as this model "
                        "had, prompts and observations included, for a control of the same budget; epochs and steps follow")
-    group.add_argument("--learning-rate", type=float, default=1e-5, help="with a cosine schedule; default: %(default)s")
+    group.add_argument("--learning-rate", type=float, default=1e-5, help="of a cosine schedule, after a warm-up over a tenth "
+                       "of the steps; default: %(default)s")
     group.add_argument("--batch-size", type=int, default=64, help="trajectories a step, over all devices and accumulation; "
                        "default: %(default)s")
     group.add_argument("--micro-batch-size", type=int, default=1, help="trajectories at once on a device; "
@@ -1769,11 +1771,12 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
     devices = int(os.environ.get("WORLD_SIZE", 1))
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
-        per_device_train_batch_size=args.micro_batch_size,
+        warmup_steps=WARM_UP, per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=max(1, args.batch_size // (args.micro_batch_size * devices)),
         gradient_checkpointing=on_gpu, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
-        train_sampling_strategy="group_by_length", logging_steps=1, save_strategy="steps",
-        save_steps=1 / CHECKPOINTS, save_total_limit=1,
+        # Tasks of one type are of about one length: grouped, a step learns from few of them. Only padding is worth that.
+        train_sampling_strategy="group_by_length" if args.micro_batch_size > 1 else "random",
+        logging_steps=1, save_strategy="steps", save_steps=1 / CHECKPOINTS, save_total_limit=1,
         seed=args.seed, report_to="none", disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=on_gpu)
     arguments._n_gpu = min(1, arguments.n_gpu)  # a process trains on one device; accelerate starts one for each
     pad = DataCollatorForSeq2Seq(tokenizer)
