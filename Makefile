@@ -58,6 +58,7 @@ LEARNING_RATE ?= 5e-4
 BATCH ?= 4
 LORA_RANK ?= 0
 MAX_TOKENS ?= 384
+TEMPERATURE ?= 0.5
 EXTRA_TURNS ?= 4
 FOLDS ?= 2
 ifeq ($(ENV),scienceworld)
