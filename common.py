@@ -1769,9 +1769,10 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
     on_gpu = torch.cuda.is_available()
     devices = int(os.environ.get("WORLD_SIZE", 1))
+    steps = args.epochs * len(sequences) / args.batch_size
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=WARM_UP, per_device_train_batch_size=args.micro_batch_size,
+        warmup_steps=round(WARM_UP * steps), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=max(1, args.batch_size // (args.micro_batch_size * devices)),
         gradient_checkpointing=on_gpu, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
         # Tasks of one type are of about one length: grouped, a step learns from few of them. Only padding is worth that.

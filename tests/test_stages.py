@@ -256,6 +256,17 @@ def test_a_finetuned_model_is_a_plain_folder_that_has_learnt(script, tmp_path, o
 
 
 @pytest.mark.slow
+def test_a_training_of_a_single_step_learns(script, tmp_path, tiny_model):
+    """A step is not spent on warming up where there are few."""
+    from transformers import AutoModelForCausalLM
+    write(tmp_path / "expert.jsonl", ROW)
+    done = script("stage0_sft.py", "train", "--model", tiny_model, "--data", "expert.jsonl", "--epochs", 1, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).parameters() for folder in (tiny_model, tmp_path / "out"))
+    assert any(not theirs.equal(ours) for theirs, ours in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
 def test_a_control_trains_on_as_many_tokens_as_the_model_it_is_compared_with(script, tmp_path, tiny_model):
     longer = ROW | {"steps": [STEP | {"thought": "I look at what is here and wonder what it is good for."}] * 3}
     write(tmp_path / "expert.jsonl", *(longer | {"key": key} for key in "abc"))
