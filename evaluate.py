@@ -294,7 +294,8 @@ def model_names(folder: Path) -> dict[str, str]:
     names = {"base": "base", "base-example": "base, one example", "iter0": "SFT"}
     for variant, label in {"": "SAND-{}", "more-sft": CONTROL.format("SAND-{}"), "self-critic": "SAND-{} judging itself",
                            "no-sas": "SAND-{} w/o SAS", "no-eac": "SAND-{} w/o EAC",
-                           "no-reasons": "SAND-{} w/o reasons", "reasons": "SAND-{} with reasons"}.items():
+                           "no-reasons": "SAND-{} w/o reasons", "reasons": "SAND-{} with reasons",
+                           "choice-first": "SAND-{} listing its choice first"}.items():
         found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
         for path in sorted(found, key=lambda path: int(path.name[4:])):
             names[path.relative_to(folder).as_posix()] = label.format(path.name[4:])

@@ -50,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
                         "thought")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
                         "default: all")
+    parser.add_argument("--choice-first", action="store_true", help="an ablation: list the expert's action first; default: in "
+                        "the order of how often the policy sampled them")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
     return parser.parse_args()
 
@@ -77,26 +79,28 @@ def step_of(candidate_key: str) -> int:
 # --- Synthesis ----------------------------------------------------------------------------------------------------
 
 
-def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]], seed: int) -> list[dict]:
+def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]], seed: int,
+               choice_first: bool = False) -> list[dict]:
     """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to compare.
 
     The candidates come in the order of how often the policy sampled them, equals by lot; the expert's where it was never
     sampled by lot among them all. At the end it would teach the policy to condemn what it lists first, at the front to
     praise it, whatever it is; and in a random order altogether it finds no end of its list. Wherever that puts it, the
     expert's comes before its equals by the environment's verdict: then the choice is the first that leads on, which a
-    policy can learn, and no arbitrary one of several.
+    policy can learn, and no arbitrary one of several. With choice_first it comes before all: is it the wrong actions
+    listed before the choice that a policy suffers from?
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"],
-             "action": action, "candidates": by_preference(compared, row, action, seed)}
+             "action": action, "candidates": by_preference(compared, row, action, seed, choice_first)}
             for row in candidates if row["flagged"] and row["step"] <= last
             for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1
             for action in [trajectory["steps"][row["step"] - 1]["action"]]]
 
 
-def by_preference(compared: list[dict], row: dict, choice: str, seed: int) -> list[dict]:
+def by_preference(compared: list[dict], row: dict, choice: str, seed: int, choice_first: bool) -> list[dict]:
     counts = {action["action"]: action["count"] for action in row["actions"]}
     lot = random.Random(stable_seed(seed, row["key"]))
     ranked = sorted(compared, key=lambda candidate: (-counts[candidate["action"]], lot.random()))
@@ -106,7 +110,7 @@ def by_preference(compared: list[dict], row: dict, choice: str, seed: int) -> li
     first = next(place for place, candidate in enumerate(ranked)
                  if candidate is chosen or "verdict" in candidate and candidate["verdict"] == chosen["verdict"])
     ranked.remove(chosen)
-    ranked.insert(first, chosen)
+    ranked.insert(0 if choice_first else first, chosen)
     return ranked
 
 
@@ -229,7 +233,8 @@ def main() -> None:
             if step["flagged"] and judged != needed:
                 raise UserError(f"{args.critiques}: '{step['key']}' needs {len(needed)} critiques and has {len(judged)}, or "
                                 f"those of other actions than {args.candidates} has; run stages 2 and 3 again")
-        items = plan_proposals(row) if args.propose else plan_steps(row, candidates.get(row["key"], []), critiques, args.seed)
+        items = (plan_proposals(row) if args.propose
+                 else plan_steps(row, candidates.get(row["key"], []), critiques, args.seed, args.choice_first))
         plan |= {item["key"]: item for item in items}
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:

@@ -188,13 +188,13 @@ def test_without_critiques_the_candidates_are_listed_bare():
     assert reason is None and listed_candidates(thought) == actions
 
 
-def candidates_in_order(verdicts, counts, seed=0):
+def candidates_in_order(verdicts, counts, seed=0, **options):
     """The names of the expert's action ("e") and others as step 3 lists them, by {name: its verdict} and {name: count}."""
     actions = {name: STEPS[2]["action"] if name == "e" else f"take {name}" for name in counts}
     row = {"key": "a/step3", "step": 3, "flagged": True,
            "actions": [{"action": actions[name], "count": count} for name, count in counts.items()]}
     critiques = [{"action": actions[name], "critique": "Fine.", "verdict": verdict} for name, verdict in verdicts.items()]
-    (item,) = plan_steps(TRAJECTORY, [row], {"a/step3": critiques} if critiques else {}, seed)
+    (item,) = plan_steps(TRAJECTORY, [row], {"a/step3": critiques} if critiques else {}, seed, **options)
     names = {action: name for name, action in actions.items()}
     return [names[candidate["action"]] for candidate in item["candidates"]]
 
@@ -214,6 +214,12 @@ def test_the_choice_is_the_first_of_those_with_its_verdict(count):
     for seed in range(9):
         order = candidates_in_order(verdicts, {"e": count, "x": 4, "y": 3, "z": 2}, seed)
         assert order.index("e") < order.index("y") < order.index("z")
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_with_the_choice_first_only_the_others_come_in_their_order(count):
+    for verdicts in {}, {"e": "good", "x": "bad", "y": "good"}:
+        assert candidates_in_order(verdicts, {"e": count, "x": 2, "y": 3}, choice_first=True) == ["e", "y", "x"]
 
 
 def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():
