@@ -61,6 +61,7 @@ MAX_TOKENS ?= 384
 TEMPERATURE ?= 0.5
 EXTRA_TURNS ?= 4
 FOLDS ?= 2
+MASK_REJECTED ?= 1
 ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30 and dozens of training tasks, without grow-plant, where only every other gold
 # path is that short.
@@ -99,6 +100,7 @@ FOLDS ?=#                 for models that learn their experts by heart and then 
 ifeq ($(strip $(FOLDS)),1)
 $(error FOLDS is 1; it can be empty, for none, or 2 and more)
 endif
+MASK_REJECTED ?=#         1: a policy is taught to judge the actions that it lists and does not choose, not to make them
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
 EXTRA_TURNS ?=#           a rollout ends so many turns after the expert would have been done; empty: at the turn limit
@@ -134,7 +136,7 @@ iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-u
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED FOLDS EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED FOLDS MASK_REJECTED EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -183,6 +185,7 @@ SELECT = $(if $(TYPES),--task-types $(strip $(TYPES))) $(if $(MAX_TURNS),--max-t
 EXPERT_OPTIONS = --env $(strip $(ENV)) $(if $(TASKS),--num-tasks $(strip $(TASKS))) $(SELECT) $(if $(strip $(PUBLISHED)),--published $(strip $(PUBLISHED)))
 TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED))
 ENGINE = --max-live $(strip $(MAX_LIVE))
+FINETUNE_OPTIONS = $(TRAIN_OPTIONS) $(if $(strip $(MASK_REJECTED)),--mask-rejected)
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
@@ -196,8 +199,8 @@ $(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/base,$(MODEL)))
 $(eval $(call remember,$(I)/.uses/critique,$(BASE_OPTIONS)))
 $(eval $(call remember,$(I)/.uses/synthesize,$(BASE_OPTIONS) $(SYNTHESIS)))
-$(eval $(call remember,$(R)/.uses/finetune1,$(EPOCHS) $(TRAIN_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/finetune,$(LATER_EPOCHS) $(TRAIN_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/finetune1,$(EPOCHS) $(FINETUNE_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/finetune,$(LATER_EPOCHS) $(FINETUNE_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/more-sft,$(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/evaluate,$(EVAL_OPTIONS)))
 
@@ -258,7 +261,7 @@ $(call folder,$1)/model/config.json: $(call experts,$1) $(call policy,$1)/config
 	$(LAUNCH) stage0_sft.py train --model $(call policy,$1) --data $$< --as-long-as $(R)/iter$1/model $(TRAIN_OPTIONS) --out $$(@D)
 else
 $(call folder,$1)/model/config.json: $(call folder,$1)/deliberations.jsonl $(call policy,$1)/config.json stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)
-	$(LAUNCH) stage5_finetune.py --model $(call policy,$1) --data $$< --epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS)) $(TRAIN_OPTIONS) --out $$(@D)
+	$(LAUNCH) stage5_finetune.py --model $(call policy,$1) --data $$< --epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS)) $(FINETUNE_OPTIONS) --out $$(@D)
 endif
 endef
 define evaluation

@@ -496,7 +496,7 @@ def share(part: int, whole: int) -> str:
 
 NO_ACTION = 'No action found. Answer with "Action: " followed by your next action.'
 ACTION_LINE = re.compile(r"^[ \t]*Action:[ \t]*(\S.*)$", re.MULTILINE)
-BULLET = re.compile(r"^- +(\S[^\n]*?): +\S", re.MULTILINE)
+BULLET = re.compile(r"^(?:Thought: )?- +(\S[^\n]*?): +\S", re.MULTILINE)
 TURN = ("thought", "action", "text", "tokens")  # the fields of a step that are the agent's
 LONGEST_SHOWN = 1000  # characters of an observation in the base model's prompts
 LONGEST_ACTION = 200  # characters; no action of either environment comes near
@@ -570,7 +570,22 @@ def clip(observation: str) -> str:
 
 def listed_candidates(thought: str) -> list[str]:
     """The actions that a thought lists with a judgement each, as in figure 6: `- <action>: <judgement>`."""
-    return [normalise(action.strip("*`\"' ")) for action in BULLET.findall(thought)]
+    return [_bare(action) for action in BULLET.findall(thought)]
+
+
+def _bare(listed: str) -> str:
+    return normalise(listed.strip("*`\"' "))
+
+
+def rejected_spans(turn: str) -> list[tuple[int, int]]:
+    """From where to where, in characters, an agent's turn names candidate actions that it does not choose, or thinks what
+    leads to a list that begins with one."""
+    chosen = normalise(parse_turn(turn)["action"])
+    bullets = list(BULLET.finditer(turn))
+    spans = [bullet.span(1) for bullet in bullets if _bare(bullet[1]) != chosen]
+    if spans and spans[0] == bullets[0].span(1):
+        spans.insert(0, (0, len(turn[:bullets[0].start()].rstrip())))  # that a list follows is learnt
+    return spans
 
 
 def is_deliberation(thought: str) -> bool:
@@ -1211,9 +1226,10 @@ class ChatFormat:
     def encode(self, turns: list[str | list[int]]) -> list[int]:
         return [token for piece in self.pieces(turns) for token in piece]
 
-    def encode_for_training(self, turns: list[str], longest: int) -> tuple[list[int], list[int]]:
+    def encode_for_training(self, turns: list[str], longest: int, mask_rejected: bool = False) -> tuple[list[int], list[int]]:
         """(ids, labels) of a dialogue that ends with the agent: labels are -100 but for the agent's turns and their
-        end-of-turn token (the loss of equations 2 and 7). Whole steps that do not fit in `longest` tokens are left out.
+        end-of-turn token (the loss of equations 2 and 7), and with mask_rejected for the candidate actions in these that
+        are not chosen. Whole steps that do not fit in `longest` tokens are left out.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -1222,7 +1238,7 @@ class ChatFormat:
                 if len(ids) + len(piece) + 1 > longest:
                     break
                 ids += piece + [self.end_of_turn]
-                labels += piece + [self.end_of_turn]
+                labels += (self._mask_rejected(turns[i], piece) if mask_rejected else piece) + [self.end_of_turn]
                 whole = len(ids)
             else:
                 rest = piece if i == 0 else piece[1:]  # the end-of-turn token went with the agent's turn
@@ -1231,6 +1247,12 @@ class ChatFormat:
         else:
             return ids, labels
         return (ids[:whole], labels[:whole]) if i > 1 else ([], [])
+
+    def _mask_rejected(self, turn: str, ids: list[int]) -> list[int]:
+        spans = rejected_spans(turn)
+        offsets = self.tokenizer(turn, add_special_tokens=False, return_offsets_mapping=True).offset_mapping if spans else ()
+        masked = {n for n, (start, end) in enumerate(offsets) if any(start < last and first < end for first, last in spans)}
+        return [-100 if n in masked else token for n, token in enumerate(ids)]
 
 
 def bfloat16_is_fast() -> bool:
@@ -1729,6 +1751,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
                        "default: %(default)s")
     group.add_argument("--lora-rank", type=int, default=0, help="train a LoRA adapter of this rank and merge it at the "
                        "end; 0 trains all weights; default: %(default)s")
+    group.add_argument("--mask-rejected", action="store_true", help="no loss on the candidate actions that are listed "
+                       "and not chosen, only on their judgements: teach the policy to judge mistakes, not to make them")
     group.add_argument("--max-model-len", type=int, default=8192, help="longest sequence in tokens; steps beyond it are "
                        "left out; default: %(default)s")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -1746,12 +1770,13 @@ def learnt_batch(batch: dict) -> dict:
     return batch | {"shift_labels": following[:, positions], "logits_to_keep": positions}
 
 
-def training_sequences(rows: list[dict], chat: ChatFormat, longest: int) -> tuple[list[dict], int]:
+def training_sequences(rows: list[dict], chat: ChatFormat, longest: int, mask_rejected: bool = False
+                       ) -> tuple[list[dict], int]:
     """One sequence of at most `longest` tokens a trajectory, all its turns in it; and how many had to be cut."""
     sequences, cut = [], 0
     for row in rows:
         turns = dialogue(row["env"], row["instruction"], row["steps"])[:-1]  # nothing is learnt after the last action
-        ids, labels = chat.encode_for_training(turns, longest)
+        ids, labels = chat.encode_for_training(turns, longest, mask_rejected)
         cut += len(ids) < len(chat.encode(turns))
         if ids:
             sequences.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
@@ -1820,7 +1845,7 @@ def _finetune(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"transformers cannot load the model '{args.model}': {str(error).splitlines()[0]}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    sequences, cut = training_sequences(trajectories, ChatFormat(tokenizer), args.max_model_len)
+    sequences, cut = training_sequences(trajectories, ChatFormat(tokenizer), args.max_model_len, args.mask_rejected)
     if not sequences:
         raise UserError(f"{args.data}: no trajectory fits in {args.max_model_len} tokens; raise --max-model-len")
     tokens = sum(len(sequence["input_ids"]) for sequence in sequences)

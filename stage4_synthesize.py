@@ -93,8 +93,8 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
-    return [{"key": row["key"], "trajectory": trajectory, "step": row["step"],
-             "action": action, "candidates": by_preference(compared, row, action, seed, choice_first)}
+    return [{"key": row["key"], "trajectory": trajectory, "step": row["step"], "action": action,
+             "candidates": by_preference(compared, row, action, seed, choice_first), "sampled": row["actions"]}
             for row in candidates if row["flagged"] and row["step"] <= last
             for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1
             for action in [trajectory["steps"][row["step"] - 1]["action"]]]
@@ -189,14 +189,23 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
 
 
 def by_verdicts(item: dict) -> str:
-    """The deliberation thought that needs no model: the verdicts, the choice, and what was thought at this step before.
+    """The deliberation thought that needs no model: what the policy thought when it sampled the first candidate, the
+    verdicts, the choice, and what was thought at this step before.
 
     The old thought says what the action is for: a policy that learns the verdicts in its place forgets what it has done and
-    what is left to do. The choice stands before it, next to the verdicts: else it follows the thought and not these.
+    what is left to do. The choice stands before it, next to the verdicts: else it follows the thought and not these. The
+    policy's own thought comes first as it does where nothing is deliberated: what is listed is what it would have done.
     """
-    choice = f"I choose to {item['action']}. "
-    *_, purpose = item["trajectory"]["steps"][item["step"] - 1]["thought"].split("\n\n")  # an earlier deliberation's end
-    return "\n".join([*judgements(item), "", choice + purpose.removeprefix(choice)])
+    first = item["candidates"][0]["action"]
+    draft = purpose(next(sampled["thought"] for sampled in item["sampled"] if sampled["action"] == first), first)
+    thought = item["trajectory"]["steps"][item["step"] - 1]["thought"]
+    return "\n".join([*([draft, ""] if draft else []), *judgements(item), "",
+                      f"I choose to {item['action']}. {purpose(thought, item['action'])}"])
+
+
+def purpose(thought: str, action: str) -> str:
+    """What a thought says an action is for; of an earlier deliberation, what follows the list and the choice."""
+    return thought.split("\n\n")[-1].removeprefix(f"I choose to {action}. ")
 
 
 def grouped(path: str | None, fields: dict, group: Callable[[dict], str]) -> dict[str, list[dict]]:

@@ -131,6 +131,21 @@ def test_only_the_agents_turns_are_learnt(tokenizer):
     assert tokenizer.decode(shorter).endswith("Action: look<|im_end|>")
 
 
+@pytest.mark.parametrize("marked", [  # in brackets: what is not learnt
+    "Thought: -[ Go to bed 1]: It is far.\n- **wait**: It helps.\n-[ look]: No: it wastes a turn.\n\nI wait.\nAction: wait",
+    "Thought: I wait.\n\n- wait: It helps.\n-[ go to bed 1]: It is far.\n\nI choose to wait. It helps.\nAction: wait",
+    "[Thought: I am tired.]\n\n-[ go to bed 1]: It is far.\n- wait: It helps.\n\nI choose to wait. It helps.\nAction: wait",
+    "Thought: I need a bed: I go.\nAction: go to bed 1",
+])
+def test_rejected_candidates_can_be_judged_without_learning_to_propose_them(tokenizer, marked):
+    chat = ChatFormat(tokenizer)
+    turns = ["Hello", marked.replace("[", "").replace("]", "")]
+    ids, labels = chat.encode_for_training(turns, 1000, mask_rejected=True)
+    assert ids == chat.encode_for_training(turns, 1000)[0]
+    learnt = tokenizer.decode([label for label in labels if label != -100])
+    assert learnt == re.sub(r"\[.*?\]", "", marked) + "<|im_end|>"
+
+
 def test_a_server_answers_like_the_engine_in_the_process(engine, server):
     remote = ServerEngine(server, "tiny")
     (here,), (there,) = ask(engine), ask(remote)

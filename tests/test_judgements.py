@@ -22,7 +22,8 @@ GOOD = ("Taking the mug is possible here and useful for the task. It stands on t
         "Once it is in hand, only the way to the table is left.")
 CRITIQUES = [{"action": "go to drawer 3", "critique": "It may hold a mug."},
              {"action": "take mug (blue) 1", "critique": "There is none."}]
-ITEM = {"key": "a/step3", "trajectory": TRAJECTORY, "step": 3, "candidates": CRITIQUES, "action": "go to drawer 3"}
+ITEM = {"key": "a/step3", "trajectory": TRAJECTORY, "step": 3, "candidates": CRITIQUES, "action": "go to drawer 3",
+        "sampled": [{"action": "go to drawer 3", "thought": "t"}, {"action": "take mug (blue) 1", "thought": "I take it."}]}
 OPTIONS = argparse.Namespace(shown_steps=None, propose=None)
 DELIBERATION = """Thought: The second drawer held nothing but spoons.
 
@@ -109,9 +110,17 @@ def test_a_reason_that_its_form_cuts_off_is_sampled_again(length, cut):
 def test_verdicts_alone_make_a_deliberation_without_a_model():
     thought = by_verdicts(ITEM)
     assert is_deliberation(thought) and listed_candidates(thought) == ["go to drawer 3", "take mug (blue) 1"]
-    assert thought.endswith("There is none.\n\nI choose to go to drawer 3. t")  # the step's own thought
-    again = ITEM | {"trajectory": {"steps": [*STEPS[:2], STEPS[2] | {"thought": thought}]}}
-    assert by_verdicts(again) == thought
+    assert thought.startswith("t\n\n- go to") and thought.endswith("There is none.\n\nI choose to go to drawer 3. t")
+    again = {"sampled": [{"action": "go to drawer 3", "thought": thought}],
+             "trajectory": {"steps": [*STEPS[:2], STEPS[2] | {"thought": thought}]}}
+    assert by_verdicts(ITEM | again) == thought
+
+
+def test_a_deliberation_by_verdicts_begins_with_what_the_policy_would_have_done():
+    item = ITEM | {"candidates": CRITIQUES[::-1]}
+    assert by_verdicts(item).startswith("I take it.\n\n- take mug (blue) 1: There is none.\n- go to drawer 3: ")
+    wordless = item | {"sampled": [{"action": "take mug (blue) 1", "thought": ""}]}
+    assert by_verdicts(wordless).startswith("- take mug (blue) 1: There is none.\n")
 
 
 def test_retries_are_held_to_the_form_and_guided_first_tries_too():

@@ -125,6 +125,7 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("CRITIC=some/other", ITERATION[2:]),
     ("FOLDS=2", ["stage0_sft train", "stage0_sft train", "stage1_sample", "stage2_rollout", *ITERATION]),
     ("GUIDED=verdicts", ITERATION[2:]),
+    ("MASK_REJECTED=1", ITERATION[4:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),
