@@ -1250,9 +1250,11 @@ class ChatFormat:
 
     def _mask_rejected(self, turn: str, ids: list[int]) -> list[int]:
         spans = rejected_spans(turn)
-        offsets = self.tokenizer(turn, add_special_tokens=False, return_offsets_mapping=True).offset_mapping if spans else ()
-        masked = {n for n, (start, end) in enumerate(offsets) if any(start < last and first < end for first, last in spans)}
-        return [-100 if n in masked else token for n, token in enumerate(ids)]
+        if not spans:
+            return ids
+        offsets = self.tokenizer(turn, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        return [-100 if any(start < last and first < end for first, last in spans) else token
+                for token, (start, end) in zip(ids, offsets, strict=True)]
 
 
 def bfloat16_is_fast() -> bool:
