@@ -1147,7 +1147,7 @@ class EnvironmentPool:
             del self.due[worker]
             try:
                 *reply, self.memory[worker] = connection.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):  # at once or in the middle of an answer
                 reply = ("failed", "the environment's process died")
             yield worker, tuple(reply)
         for worker in [worker for worker, due in self.due.items() if due <= time.monotonic()]:

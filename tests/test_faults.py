@@ -82,6 +82,19 @@ def test_a_java_that_never_comes_up_is_said_once(tmp_path):
     assert started.returncode == 1 and started.stderr.count("Traceback") == 1, started.stderr
 
 
+def much(environment):
+    return bytes(10 ** 7)  # more than a pipe holds
+
+
+def test_a_worker_that_dies_in_the_middle_of_an_answer_has_failed():
+    with EnvironmentPool("scienceworld", 1) as pool:
+        pool.send(0, "call", much)
+        process, connection = pool.workers[0]
+        assert connection.poll(60)
+        process.kill()
+        assert list(pool.ready(60)) == [(0, ("failed", "the environment's process died"))]
+
+
 class Cursed(EnvironmentPool):
     """A pool in which the process that is to play a certain task dies each time."""
 
