@@ -91,6 +91,7 @@ def test_a_worker_that_dies_in_the_middle_of_an_answer_has_failed():
         pool.send(0, "call", much)
         process, connection = pool.workers[0]
         assert connection.poll(60)
+        time.sleep(1)  # until the pipe is full
         process.kill()
         assert list(pool.ready(60)) == [(0, ("failed", "the environment's process died"))]
 
