@@ -38,7 +38,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for_connections
@@ -577,15 +577,16 @@ def _bare(listed: str) -> str:
     return normalise(listed.strip("*`\"' "))
 
 
-def rejected_spans(turn: str) -> list[tuple[int, int]]:
-    """From where to where, in characters, an agent's turn names candidate actions that it does not choose, or thinks what
-    leads to a list that begins with one."""
-    chosen = normalise(parse_turn(turn)["action"])
-    bullets = list(BULLET.finditer(turn))
-    spans = [bullet.span(1) for bullet in bullets if _bare(bullet[1]) != chosen]
-    if spans and spans[0] == bullets[0].span(1):
-        spans.insert(0, (0, len(turn[:bullets[0].start()].rstrip())))  # that a list follows is learnt
-    return spans
+def rejected_spans(turn: str, before: str = "") -> list[tuple[int, int]]:
+    """From where to where, in characters, an agent's turn thinks of and names an action to begin its list with, where that
+    is neither the one it chooses nor, being there to be seen, that of the turn before.
+
+    What stands further down has the list so far to go by, and is learnt: else it comes out as a copy of the first.
+    """
+    first = BULLET.search(turn)
+    if first is None or _bare(first[1]) in [normalise(parse_turn(shown)["action"]) for shown in (turn, before)]:
+        return []
+    return [(0, len(turn[:first.start()].rstrip())), first.span(1)]  # that a list follows is learnt
 
 
 def is_deliberation(thought: str) -> bool:
@@ -1226,10 +1227,12 @@ class ChatFormat:
     def encode(self, turns: list[str | list[int]]) -> list[int]:
         return [token for piece in self.pieces(turns) for token in piece]
 
-    def encode_for_training(self, turns: list[str], longest: int, mask_rejected: bool = False) -> tuple[list[int], list[int]]:
+    def encode_for_training(self, turns: list[str], longest: int, mask_rejected: bool = False,
+                            unlearnt: Collection[int] = ()) -> tuple[list[int], list[int]]:
         """(ids, labels) of a dialogue that ends with the agent: labels are -100 but for the agent's turns and their
-        end-of-turn token (the loss of equations 2 and 7), and with mask_rejected for the candidate actions in these that
-        are not chosen. Whole steps that do not fit in `longest` tokens are left out.
+        end-of-turn token (the loss of equations 2 and 7), and -100 there as well for the turns numbered in `unlearnt` and,
+        with mask_rejected, for the rejected action that a list begins with. Whole steps that do not fit in `longest` tokens
+        are left out.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -1237,8 +1240,10 @@ class ChatFormat:
             if i % 2:
                 if len(ids) + len(piece) + 1 > longest:
                     break
+                spans = rejected_spans(turns[i], turns[i - 2] if i > 1 else "") if mask_rejected else []
                 ids += piece + [self.end_of_turn]
-                labels += (self._mask_rejected(turns[i], piece) if mask_rejected else piece) + [self.end_of_turn]
+                labels += ([-100] * (len(piece) + 1) if i in unlearnt
+                           else self._without(spans, turns[i], piece) + [self.end_of_turn])
                 whole = len(ids)
             else:
                 rest = piece if i == 0 else piece[1:]  # the end-of-turn token went with the agent's turn
@@ -1248,8 +1253,8 @@ class ChatFormat:
             return ids, labels
         return (ids[:whole], labels[:whole]) if i > 1 else ([], [])
 
-    def _mask_rejected(self, turn: str, ids: list[int]) -> list[int]:
-        spans = rejected_spans(turn)
+    def _without(self, spans: list[tuple[int, int]], turn: str, ids: list[int]) -> list[int]:
+        """The labels of a turn with those of its spans of characters left out."""
         if not spans:
             return ids
         offsets = self.tokenizer(turn, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
@@ -1753,8 +1758,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
                        "default: %(default)s")
     group.add_argument("--lora-rank", type=int, default=0, help="train a LoRA adapter of this rank and merge it at the "
                        "end; 0 trains all weights; default: %(default)s")
-    group.add_argument("--mask-rejected", action="store_true", help="no loss on the candidate actions that are listed "
-                       "and not chosen, only on their judgements: teach the policy to judge mistakes, not to make them")
+    group.add_argument("--mask-rejected", action="store_true", help="no loss on the action that a list begins with where "
+                       "it is not chosen, only on its judgement: teach the policy to judge mistakes, not to make them")
     group.add_argument("--max-model-len", type=int, default=8192, help="longest sequence in tokens; steps beyond it are "
                        "left out; default: %(default)s")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -1774,11 +1779,19 @@ def learnt_batch(batch: dict) -> dict:
 
 def training_sequences(rows: list[dict], chat: ChatFormat, longest: int, mask_rejected: bool = False
                        ) -> tuple[list[dict], int]:
-    """One sequence of at most `longest` tokens a trajectory, all its turns in it; and how many had to be cut."""
+    """One sequence of at most `longest` tokens a trajectory, all its turns in it; and how many had to be cut.
+
+    What a step says was tried there before it ("tried", of stage 4's --recover) is shown and not learnt.
+    """
     sequences, cut = [], 0
     for row in rows:
-        turns = dialogue(row["env"], row["instruction"], row["steps"])[:-1]  # nothing is learnt after the last action
-        ids, labels = chat.encode_for_training(turns, longest, mask_rejected)
+        steps, unlearnt = [], set()
+        for step in row["steps"]:
+            tried = step.get("tried", [])
+            unlearnt |= {2 * place + 1 for place in range(len(steps), len(steps) + len(tried))}
+            steps += [*tried, step]
+        turns = dialogue(row["env"], row["instruction"], steps)[:-1]  # nothing is learnt after the last action
+        ids, labels = chat.encode_for_training(turns, longest, mask_rejected, unlearnt)
         cut += len(ids) < len(chat.encode(turns))
         if ids:
             sequences.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})

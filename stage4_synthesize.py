@@ -13,6 +13,9 @@ Writes D_delib in the very format of expert.jsonl, so that it is the next iterat
 "deliberated": true, those that fell back "fallback": [reasons]. With --expert-switch, a rollout whose reward beats the
 expert's replaces the rest of the trajectory from its step on; the row then says so in "switched".
 
+With --recover, what the environment refused of the samples is shown as tried before the deliberation ("tried", turns that are
+not learnt), which begins its list with it: experts are never refused, so that nothing else teaches to go on from there.
+
 The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC); with
 --propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS).
 """
@@ -52,8 +55,13 @@ def parse_arguments() -> argparse.Namespace:
                         "default: all")
     parser.add_argument("--choice-first", action="store_true", help="an ablation: list the expert's action first; default: in "
                         "the order of how often the policy sampled them")
+    parser.add_argument("--recover", action="store_true", help="show samples that the environment refused as tried before the "
+                        "deliberation, and begin its list with them; needs --rollouts")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.recover and not args.rollouts:
+        parser.error("--recover needs --rollouts: they tell what the environment refused")
+    return args
 
 
 # --- The expert switch --------------------------------------------------------------------------------------------
@@ -79,8 +87,17 @@ def step_of(candidate_key: str) -> int:
 # --- Synthesis ----------------------------------------------------------------------------------------------------
 
 
+def refused_attempts(rollouts: list[dict]) -> dict[str, list[dict]]:
+    """{step: the sampled actions that the environment refused there, as the steps that trying them would have been}."""
+    attempts: dict[str, list[dict]] = {}
+    for row in rollouts:
+        if row["source"] == "sample" and not row["valid"] and not failure(row["end"]):
+            attempts.setdefault(row["candidate"], []).append(row["steps"][0])
+    return attempts
+
+
 def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]], seed: int,
-               choice_first: bool = False) -> list[dict]:
+               choice_first: bool = False, attempts: dict[str, list[dict]] | None = None) -> list[dict]:
     """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to compare.
 
     The candidates come in the order of how often the policy sampled them, equals by lot; the expert's where it was never
@@ -88,16 +105,23 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     praise it, whatever it is; and in a random order altogether it finds no end of its list. Wherever that puts it, the
     expert's comes before its equals by the environment's verdict: then the choice is the first that leads on, which a
     policy can learn, and no arbitrary one of several. With choice_first it comes before all: is it the wrong actions
-    listed before the choice that a policy suffers from?
+    listed before the choice that a policy suffers from? What was tried before the step comes first of all, the last first.
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"], "action": action,
-             "candidates": by_preference(compared, row, action, seed, choice_first), "sampled": row["actions"]}
+             "candidates": tried_first(by_preference(compared, row, action, seed, choice_first), tried), "tried": tried,
+             "sampled": row["actions"]}
             for row in candidates if row["flagged"] and row["step"] <= last
             for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1
-            for action in [trajectory["steps"][row["step"] - 1]["action"]]]
+            for action in [trajectory["steps"][row["step"] - 1]["action"]]
+            for tried in [(attempts or {}).get(row["key"], [])]]
+
+
+def tried_first(ranked: list[dict], tried: list[dict]) -> list[dict]:
+    places = {normalise(step["action"]): place for place, step in enumerate(tried)}
+    return sorted(ranked, key=lambda candidate: -places.get(normalise(candidate["action"]), -1))
 
 
 def by_preference(compared: list[dict], row: dict, choice: str, seed: int, choice_first: bool) -> list[dict]:
@@ -194,10 +218,13 @@ def by_verdicts(item: dict) -> str:
 
     The old thought says what the action is for: a policy that learns the verdicts in its place forgets what it has done and
     what is left to do. The choice stands before it, next to the verdicts: else it follows the thought and not these. The
-    policy's own thought comes first as it does where nothing is deliberated: what is listed is what it would have done.
+    policy's own thought comes first as it does where nothing is deliberated: what is listed is what it would have done, unless
+    it has been tried already.
     """
     first = item["candidates"][0]["action"]
     draft = purpose(next(sampled["thought"] for sampled in item["sampled"] if sampled["action"] == first), first)
+    if item.get("tried"):
+        draft = ""
     thought = item["trajectory"]["steps"][item["step"] - 1]["thought"]
     return "\n".join([*([draft, ""] if draft else []), *judgements(item), "",
                       f"I choose to {item['action']}. {purpose(thought, item['action'])}"])
@@ -243,7 +270,8 @@ def main() -> None:
                 raise UserError(f"{args.critiques}: '{step['key']}' needs {len(needed)} critiques and has {len(judged)}, or "
                                 f"those of other actions than {args.candidates} has; run stages 2 and 3 again")
         items = (plan_proposals(row) if args.propose
-                 else plan_steps(row, candidates.get(row["key"], []), critiques, args.seed, args.choice_first))
+                 else plan_steps(row, candidates.get(row["key"], []), critiques, args.seed, args.choice_first,
+                                 refused_attempts(rollouts.get(row["key"], [])) if args.recover else None))
         plan |= {item["key"]: item for item in items}
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:
@@ -272,22 +300,26 @@ def main() -> None:
             step = item["trajectory"]["steps"][item["step"] - 1]
             written = output.done[key]
             if written["thought"] is not None:
+                for name in "text", "tried":
+                    step.pop(name, None)
                 step |= {"thought": written["thought"], "deliberated": True}
-                step.pop("text", None)
+                if item.get("tried"):
+                    step["tried"] = item["tried"]
             else:
                 step["fallback"] = written["refused"]
         results = list(output.done.values())
         fallbacks = sum(row["thought"] is None for row in results)
         reasons = Counter(reason for row in results for reason in row["refused"])
         steps = [step for row in trajectories for step in row["steps"]]
-        switched, deliberating = (sum(bool(row.get(name)) for row in rows)
-                                  for name, rows in (("switched", trajectories), ("deliberated", steps)))
+        switched, deliberating, recovering = (sum(bool(row.get(name)) for row in rows) for name, rows in
+                                              (("switched", trajectories), ("deliberated", steps), ("tried", steps)))
         output.finish([row | {"source": "deliberation"} for row in trajectories], {
             "deliberations": len(plan), "fallbacks": fallbacks, "refused attempts": reasons, "switched": switched,
-            "deliberating steps": deliberating})
+            "deliberating steps": deliberating, "of them after a refusal": recovering})
     print(f"{len(plan)} deliberations, {share(fallbacks, len(plan))} fell back to the old thought; refused attempts: "
           f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; "
-          f"{switched} trajectories switched; {share(deliberating, len(steps))} steps deliberate; {args.out}; "
+          f"{switched} trajectories switched; {share(deliberating, len(steps))} steps deliberate"
+          f"{f', {recovering} of them after a refusal' if args.recover else ''}; {args.out}; "
           f"{duration(time.time() - started)}")
 
 

@@ -10,7 +10,7 @@ from common import (REASON, Output, UserError, fill_dialogue, is_deliberation, l
                     retry_sampling)
 from stage3_critique import check_critique, critique_form, critique_prompt, verdict
 from stage4_synthesize import (by_verdicts, check_deliberation, deliberation_form, deliberation_prompt, plan_proposals,
-                               plan_steps)
+                               plan_steps, refused_attempts)
 
 STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
 TRAJECTORY = {"key": "a", "instruction": "Find a mug.", "steps": STEPS}
@@ -229,6 +229,20 @@ def test_the_choice_is_the_first_of_those_with_its_verdict(count):
 def test_with_the_choice_first_only_the_others_come_in_their_order(count):
     for verdicts in {}, {"e": "good", "x": "bad", "y": "good"}:
         assert candidates_in_order(verdicts, {"e": count, "x": 2, "y": 3}, choice_first=True) == ["e", "y", "x"]
+
+
+def test_what_was_refused_is_tried_before_the_deliberation_and_begins_its_list():
+    outcomes = [("go to drawer 3", "expert", True), ("wait", "sample", True), ("fly", "sample", False),
+                ("run", "sample", False)]
+    rollouts = [{"candidate": "a/step3", "source": source, "valid": valid, "end": "turn limit" if valid else "refused",
+                 "steps": [{"thought": "t", "action": action, "observation": "Nothing happens."}]}
+                for action, source, valid in outcomes]
+    actions = [{"action": row["steps"][0]["action"], "thought": "t", "count": 1} for row in rollouts]
+    row = {"key": "a/step3", "step": 3, "flagged": True, "actions": actions}
+    critiques = {"a/step3": [action | {"critique": "Fine."} for action in actions]}
+    (item,) = plan_steps(TRAJECTORY, [row], critiques, 0, attempts=refused_attempts(rollouts))
+    assert [step["action"] for step in item["tried"]] == ["fly", "run"]
+    assert by_verdicts(item).startswith("- run: Fine.\n- fly: Fine.\n- ") and "drawer 3: Fine." in by_verdicts(item)
 
 
 def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():

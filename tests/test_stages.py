@@ -49,19 +49,33 @@ def test_a_missing_file_names_the_stage_to_run(refuses):
     assert "expert.jsonl: cannot be read (No such file" in refuses(*SAMPLE)
 
 
+def judged(folder, other, **rollout):
+    """Write what stage 4 reads for one step, where `other` was sampled besides the expert's action; its options."""
+    write(folder / "expert.jsonl", ROW)
+    write(folder / "candidates.jsonl", CANDIDATE)
+    rollouts = [{"key": f"{CANDIDATE['key']}/{place}", "candidate": CANDIDATE["key"], "action": action, "source": source,
+                 "valid": True, "reward": 1.0, "gained": None, "end": "success", "steps": [STEP | {"action": action}]}
+                for place, (action, source) in enumerate([("look around", "expert"), (other, "sample")])]
+    rollouts[1] |= rollout
+    write(folder / "rollouts.jsonl", *rollouts)
+    write(folder / "critiques.jsonl", *({"key": row["key"], "candidate": row["candidate"], "action": row["action"],
+                                         "critique": "Fine.", "verdict": "Good", "fallback": False} for row in rollouts))
+    return "--candidates", "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl"
+
+
 def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path):
-    write(tmp_path / "expert.jsonl", ROW)
-    write(tmp_path / "candidates.jsonl", CANDIDATE)
-    rollouts = [{"key": f"{CANDIDATE['key']}/{place}", "candidate": CANDIDATE["key"], "action": action, "source": "sample",
-                 "valid": True, "reward": 1.0, "gained": None, "end": "success", "steps": [STEP]}
-                for place, action in enumerate(("look around", "open door"))]
-    write(tmp_path / "rollouts.jsonl", *rollouts)
-    write(tmp_path / "critiques.jsonl", *({"key": row["key"], "candidate": row["candidate"], "action": row["action"],
-                                           "critique": "Fine.", "verdict": "Good", "fallback": False}
-                                          for row in rollouts))
-    files = ("--candidates", "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl")
-    message = refuses("stage4_synthesize.py", *SAMPLE[1:], *files)
+    message = refuses("stage4_synthesize.py", *SAMPLE[1:], *judged(tmp_path, "open door"))
     assert "critiques.jsonl: 'scienceworld/find-animal/0/step1' needs 2 critiques and has 2, or those of other" in message
+
+
+def test_what_the_environment_refused_can_be_shown_as_tried(script, tmp_path):
+    files = judged(tmp_path, "wait", valid=False, end="refused")
+    for options, tried in ([], None), (["--recover"], [STEP | {"action": "wait"}]):
+        done = script("stage4_synthesize.py", *SAMPLE[1:], *files, "--guided", "verdicts", *options)
+        assert done.returncode == 0, done.stderr
+        ((step,),) = [json.loads(line)["steps"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert step["deliberated"] and step.get("tried") == tried
+    assert step["thought"].startswith("- wait: Fine.\n- look around: Fine.") and "1 of them after a refusal" in done.stdout
 
 
 def test_a_broken_line_is_named(refuses, tmp_path):
