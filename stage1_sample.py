@@ -28,6 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trajectories", required=True, metavar="JSONL", help="expert trajectories, D_exp")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--n-samples", type=int, default=5, help="N, sampled actions a step; default: %(default)s")
+    parser.add_argument("--explore", type=int, metavar="K", help="sample along the first K trajectories only, the others will "
+                        "keep their thoughts: rollouts are the longest part of an iteration; default: all")
     add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
     return parser.parse_args()
 
@@ -65,7 +67,7 @@ def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> 
 def main() -> None:
     args = parse_arguments()
     started = time.time()
-    trajectories = read_rows(args.trajectories, TRAJECTORY)
+    trajectories = read_rows(args.trajectories, TRAJECTORY)[:args.explore]
     steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
     inputs = [args.trajectories, args.model, prompt_path(trajectories[0]["env"])]
     with StageOutput(args.out, settings_of(args), inputs) as output:

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from common import ChatFormat, ServerEngine, UserError, bfloat16_is_fast, generate, generate_checked, parse_turn
+from common import (ChatFormat, ServerEngine, UserError, bfloat16_is_fast, generate, generate_checked, parse_turn,
+                    training_sequences)
 from conftest import MODEL
 from evaluate import AT_ONCE
 
@@ -132,18 +133,31 @@ def test_only_the_agents_turns_are_learnt(tokenizer):
 
 
 @pytest.mark.parametrize("marked", [  # in brackets: what is not learnt
-    "Thought: -[ Go to bed 1]: It is far.\n- **wait**: It helps.\n-[ look]: No: it wastes a turn.\n\nI wait.\nAction: wait",
-    "Thought: I wait.\n\n- wait: It helps.\n-[ go to bed 1]: It is far.\n\nI choose to wait. It helps.\nAction: wait",
+    "Thought: -[ Go to bed 1]: It is far.\n- **wait**: It helps.\n- look: No: it wastes a turn.\n\nI wait.\nAction: wait",
+    "Thought: I wait.\n\n- wait: It helps.\n- go to bed 1: It is far.\n\nI choose to wait. It helps.\nAction: wait",
     "[Thought: I am tired.]\n\n-[ go to bed 1]: It is far.\n- wait: It helps.\n\nI choose to wait. It helps.\nAction: wait",
     "Thought: I need a bed: I go.\nAction: go to bed 1",
 ])
-def test_rejected_candidates_can_be_judged_without_learning_to_propose_them(tokenizer, marked):
+def test_a_rejected_action_can_be_judged_without_learning_to_propose_it(tokenizer, marked):
     chat = ChatFormat(tokenizer)
     turns = ["Hello", marked.replace("[", "").replace("]", "")]
     ids, labels = chat.encode_for_training(turns, 1000, mask_rejected=True)
     assert ids == chat.encode_for_training(turns, 1000)[0]
     learnt = tokenizer.decode([label for label in labels if label != -100])
     assert learnt == re.sub(r"\[.*?\]", "", marked) + "<|im_end|>"
+
+
+def test_what_was_tried_is_shown_and_not_learnt_and_then_rejected(tokenizer):
+    tried = {"thought": "I fly.", "action": "fly", "observation": "Nothing happens."}
+    deliberation = "- fly: This is not possible here.\n- walk: It helps.\n\nI choose to walk."
+    row = {"env": "scienceworld", "instruction": "Go.", "steps": [
+        {"thought": deliberation, "action": "walk", "observation": "Done.", "tried": [tried]},
+        {"thought": "I rest.", "action": "wait", "observation": "Time passes."}]}
+    (sequence,), cut = training_sequences([row], ChatFormat(tokenizer), 1000, mask_rejected=True)
+    learnt = tokenizer.decode([label for label in sequence["labels"] if label != -100])
+    assert learnt == f"Thought: {deliberation}\nAction: walk<|im_end|>Thought: I rest.\nAction: wait<|im_end|>" and not cut
+    shown = tokenizer.decode(sequence["input_ids"])
+    assert shown.index("Action: fly") < shown.index("Nothing happens.") < shown.index("- fly: ") < shown.index("Action: wait")
 
 
 def test_a_server_answers_like_the_engine_in_the_process(engine, server):
@@ -162,9 +176,9 @@ def test_a_stage_runs_through_a_server(script, server, tmp_path):
     row = {"key": "a", "env": "scienceworld", "task": "scienceworld/find-animal/0", "split": "train", "reward": 1.0,
            "instruction": "Find an animal.", "source": "test",
            "steps": [{"thought": "I look.", "action": "look around", "observation": "a room"}]}
-    (tmp_path / "expert.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "expert.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"key": "b"}) + "\n")
     done = script("stage1_sample.py", "--api-base", server, "--model", "tiny", "--trajectories", "expert.jsonl",
-                  "--out", "candidates.jsonl", "--n-samples", 2, "--max-tokens", 8, OPENAI_API_KEY="sk-secret")
+                  "--explore", 1, "--out", "candidates.jsonl", "--n-samples", 2, "--max-tokens", 8, OPENAI_API_KEY="sk-secret")
     assert done.returncode == 0, done.stderr
     (candidate,) = map(json.loads, (tmp_path / "candidates.jsonl").read_text().splitlines())
     assert candidate["key"] == "a/step1" and len(candidate["samples"]) == 2
