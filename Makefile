@@ -52,7 +52,6 @@ else ifeq ($(PROFILE),small)
 GUIDED ?= verdicts
 CRITIC ?= $(PACKAGED_CRITIC)
 ITERS ?= 1
-EPOCHS ?= 2
 N ?= 4
 LEARNING_RATE ?= 5e-4
 BATCH ?= 4
@@ -60,7 +59,6 @@ LORA_RANK ?= 0
 MAX_TOKENS ?= 384
 TEMPERATURE ?= 0.5
 EXTRA_TURNS ?= 4
-FOLDS ?= 2
 MASK_REJECTED ?= 1
 ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30 and dozens of training tasks, without grow-plant, where only every other gold
@@ -68,9 +66,15 @@ ifeq ($(ENV),scienceworld)
 TYPES ?= find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
 TASKS ?= 120
 TEST_TASKS ?= 70
+EPOCHS ?= 2
+FOLDS ?= 2
 else
-TASKS ?= 200
-TEST_TASKS ?= 70
+# There are so many games that one epoch will do, after which the policy still makes mistakes on them.
+TASKS ?= 240
+TEST_TASKS ?= 60
+EPOCHS ?= 1
+EXPLORE ?= 100
+RECOVER ?= 1
 endif
 else ifeq ($(PROFILE),paper)
 MODEL ?= meta-llama/Llama-3.1-8B-Instruct
@@ -100,9 +104,11 @@ FOLDS ?=#                 for models that learn their experts by heart and then 
 ifeq ($(strip $(FOLDS)),1)
 $(error FOLDS is 1; it can be empty, for none, or 2 and more)
 endif
-MASK_REJECTED ?=#         1: a policy is taught to judge the actions that it lists and does not choose, not to make them
+MASK_REJECTED ?=#         1: a policy is taught to judge the mistakes that its lists begin with, not to make them
+RECOVER ?=#               1: samples that the environment refused are shown as tried, and the deliberation goes on from there
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
+EXPLORE ?=#               stages 1 and 2 go through so many of the experts only; empty: all
 EXTRA_TURNS ?=#           a rollout ends so many turns after the expert would have been done; empty: at the turn limit
 SEED ?= 0
 K ?= 5#                   tries a task of `make baselines`
@@ -136,7 +142,7 @@ iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-u
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED FOLDS MASK_REJECTED EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXPLORE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED FOLDS MASK_REJECTED RECOVER EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -186,10 +192,10 @@ EXPERT_OPTIONS = --env $(strip $(ENV)) $(if $(TASKS),--num-tasks $(strip $(TASKS
 TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED))
 ENGINE = --max-live $(strip $(MAX_LIVE))
 FINETUNE_OPTIONS = $(TRAIN_OPTIONS) $(if $(strip $(MASK_REJECTED)),--mask-rejected)
-SAMPLE_OPTIONS = --n-samples $(strip $(N)) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
+SAMPLE_OPTIONS = --n-samples $(strip $(N)) $(addprefix --explore ,$(strip $(EXPLORE))) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
-SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH))$(if $(filter choice-first,$(VARIANT)), --choice-first))
+SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)$(if $(strip $(RECOVER)), --recover))$(if $(filter choice-first,$(VARIANT)), --choice-first))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/folds,$(FOLDS)))
