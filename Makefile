@@ -15,13 +15,14 @@ ENV ?= scienceworld#      scienceworld or alfworld
 VARIANT ?=#               beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model
 #                         proposes the candidates; candidates without critiques), no-reasons or reasons (verdicts alone; with
 #                         CRITIC's reasons), self-critic (MODEL judges instead of CRITIC), choice-first (the expert's action
-#                         first in every list) or more-sft (the expert data again, for as many tokens as SAND)
+#                         first in every list), recover-only (RECOVER without deliberations) or more-sft (the expert
+#                         data again, for as many tokens as SAND)
 PACKAGED := models/SmolLM2-135M-Instruct
 PACKAGED_CRITIC := models/Qwen2.5-Coder-0.5B-Instruct
 
 ifneq ($(strip $(VARIANT)),)
-ifeq ($(filter no-sas no-eac no-reasons reasons self-critic choice-first more-sft,$(VARIANT)),)
-$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, no-reasons, reasons, self-critic, choice-first or more-sft, or empty)
+ifeq ($(filter no-sas no-eac no-reasons reasons self-critic choice-first recover-only more-sft,$(VARIANT)),)
+$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, no-reasons, reasons, self-critic, choice-first, recover-only or more-sft, or empty)
 endif
 ITERS ?= 1
 endif
@@ -195,7 +196,7 @@ FINETUNE_OPTIONS = $(TRAIN_OPTIONS) $(if $(strip $(MASK_REJECTED)),--mask-reject
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) $(addprefix --explore ,$(strip $(EXPLORE))) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
-SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)$(if $(strip $(RECOVER)), --recover))$(if $(filter choice-first,$(VARIANT)), --choice-first))
+SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)$(if $(filter recover-only,$(VARIANT)), --recover-only,$(if $(strip $(RECOVER)), --recover)))$(if $(filter choice-first,$(VARIANT)), --choice-first))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/folds,$(FOLDS)))
@@ -302,7 +303,7 @@ AT_ONCE = $(ITERATIONS:%=$(R)/iter%/no-deliberation)
 study: ## all, then its control more-sft, its ablations, SAND acting at once and base with one example: the README's main table
 	$(MAKE) all
 	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
-	$(foreach v,no-sas no-eac $(if $(filter verdicts,$(GUIDED)),reasons,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-reasons) choice-first,$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(call evals,$(R)/base-example $(AT_ONCE))
+	$(foreach v,no-sas no-eac $(if $(filter verdicts,$(GUIDED)),reasons,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-reasons) choice-first $(if $(strip $(RECOVER)),recover-only),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(call evals,$(R)/base-example $(AT_ONCE))
 	$(MAKE) report
 
 baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K)) $(AT_ONCE)) ## base with an example in its prompt, SFT's best of K tries, SAND acting at once

@@ -295,7 +295,8 @@ def model_names(folder: Path) -> dict[str, str]:
     for variant, label in {"": "SAND-{}", "more-sft": CONTROL.format("SAND-{}"), "self-critic": "SAND-{} judging itself",
                            "no-sas": "SAND-{} w/o SAS", "no-eac": "SAND-{} w/o EAC",
                            "no-reasons": "SAND-{} w/o reasons", "reasons": "SAND-{} with reasons",
-                           "choice-first": "SAND-{} listing its choice first"}.items():
+                           "choice-first": "SAND-{} listing its choice first",
+                           "recover-only": "SAND-{} without deliberations"}.items():
         found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
         for path in sorted(found, key=lambda path: int(path.name[4:])):
             names[path.relative_to(folder).as_posix()] = label.format(path.name[4:])

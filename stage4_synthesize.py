@@ -55,12 +55,15 @@ def parse_arguments() -> argparse.Namespace:
                         "default: all")
     parser.add_argument("--choice-first", action="store_true", help="an ablation: list the expert's action first; default: in "
                         "the order of how often the policy sampled them")
-    parser.add_argument("--recover", action="store_true", help="show samples that the environment refused as tried before the "
-                        "deliberation, and begin its list with them; needs --rollouts")
+    recover = parser.add_mutually_exclusive_group()
+    recover.add_argument("--recover", action="store_true", help="show samples that the environment refused as tried before "
+                         "the deliberation, and begin its list with them; needs --rollouts")
+    recover.add_argument("--recover-only", action="store_true", help="an ablation: show them before the old thought, and "
+                         "deliberate nowhere")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
     args = parser.parse_args()
-    if args.recover and not args.rollouts:
-        parser.error("--recover needs --rollouts: they tell what the environment refused")
+    if (args.recover or args.recover_only) and not args.rollouts:
+        parser.error("--recover and --recover-only need --rollouts: they tell what the environment refused")
     return args
 
 
@@ -225,9 +228,12 @@ def by_verdicts(item: dict) -> str:
     draft = purpose(next(sampled["thought"] for sampled in item["sampled"] if sampled["action"] == first), first)
     if item.get("tried"):
         draft = ""
-    thought = item["trajectory"]["steps"][item["step"] - 1]["thought"]
     return "\n".join([*([draft, ""] if draft else []), *judgements(item), "",
-                      f"I choose to {item['action']}. {purpose(thought, item['action'])}"])
+                      f"I choose to {item['action']}. {purpose(old_thought(item), item['action'])}"])
+
+
+def old_thought(item: dict) -> str:
+    return item["trajectory"]["steps"][item["step"] - 1]["thought"]
 
 
 def purpose(thought: str, action: str) -> str:
@@ -271,7 +277,8 @@ def main() -> None:
                                 f"those of other actions than {args.candidates} has; run stages 2 and 3 again")
         items = (plan_proposals(row) if args.propose
                  else plan_steps(row, candidates.get(row["key"], []), critiques, args.seed, args.choice_first,
-                                 refused_attempts(rollouts.get(row["key"], [])) if args.recover else None))
+                                 refused_attempts(rollouts.get(row["key"], []))
+                                 if args.recover or args.recover_only else None))
         plan |= {item["key"]: item for item in items}
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:
@@ -286,8 +293,9 @@ def main() -> None:
     with StageOutput(args.out, settings_of(args), inputs) as output:
         todo = [item for key, item in plan.items() if key not in output.done]
         if todo:
-            if args.guided == "verdicts" and args.critiques:
-                engine, results = None, ((item, by_verdicts(item), []) for item in todo)
+            if args.recover_only or args.guided == "verdicts" and args.critiques:
+                thought_of = old_thought if args.recover_only else by_verdicts
+                engine, results = None, ((item, thought_of(item), []) for item in todo)
             else:
                 engine = make_engine(args)
                 results = failures_last(generate_checked(engine, todo, request, check, args.attempts, args.max_live),
@@ -302,7 +310,7 @@ def main() -> None:
             if written["thought"] is not None:
                 for name in "text", "tried":
                     step.pop(name, None)
-                step |= {"thought": written["thought"], "deliberated": True}
+                step |= {"thought": written["thought"], "deliberated": not args.recover_only}
                 if item.get("tried"):
                     step["tried"] = item["tried"]
             else:
@@ -311,16 +319,16 @@ def main() -> None:
         fallbacks = sum(row["thought"] is None for row in results)
         reasons = Counter(reason for row in results for reason in row["refused"])
         steps = [step for row in trajectories for step in row["steps"]]
+        made = 0 if args.recover_only else len(plan)
         switched, deliberating, recovering = (sum(bool(row.get(name)) for row in rows) for name, rows in
                                               (("switched", trajectories), ("deliberated", steps), ("tried", steps)))
         output.finish([row | {"source": "deliberation"} for row in trajectories], {
-            "deliberations": len(plan), "fallbacks": fallbacks, "refused attempts": reasons, "switched": switched,
-            "deliberating steps": deliberating, "of them after a refusal": recovering})
-    print(f"{len(plan)} deliberations, {share(fallbacks, len(plan))} fell back to the old thought; refused attempts: "
+            "deliberations": made, "fallbacks": fallbacks, "refused attempts": reasons, "switched": switched,
+            "deliberating steps": deliberating, "steps after a refusal": recovering})
+    print(f"{made} deliberations, {share(fallbacks, made)} fell back to the old thought; refused attempts: "
           f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; "
-          f"{switched} trajectories switched; {share(deliberating, len(steps))} steps deliberate"
-          f"{f', {recovering} of them after a refusal' if args.recover else ''}; {args.out}; "
-          f"{duration(time.time() - started)}")
+          f"{switched} trajectories switched; {share(deliberating, len(steps))} steps deliberate, {recovering} go on from a "
+          f"refusal; {args.out}; {duration(time.time() - started)}")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("VARIANT=no-sas", ITERATION[3:]),
     ("VARIANT=no-eac", ITERATION[3:]),
     ("VARIANT=choice-first", ITERATION[2:]),
+    ("VARIANT=recover-only", ITERATION[2:]),
 ])
 def test_a_change_makes_exactly_what_depends_on_it_stale(project, change, stale):
     what_if = [change] if "=" in change else ["-W", change]
@@ -282,8 +283,8 @@ def test_a_study_is_the_run_its_control_and_its_ablations(project):
     assert variants() == ["", "more-sft", "no-sas", "no-eac", "no-reasons", "choice-first"]
     assert variants("CRITIC=some/other") == ["", "more-sft", "no-sas", "no-eac", "self-critic", "no-reasons",
                                                 "choice-first"]
-    assert variants("CRITIC=some/other", "GUIDED=verdicts") == ["", "more-sft", "no-sas", "no-eac", "reasons",
-                                                                    "choice-first"]
+    assert variants("CRITIC=some/other", "GUIDED=verdicts", "RECOVER=1") == [
+        "", "more-sft", "no-sas", "no-eac", "reasons", "choice-first", "recover-only"]
 
 
 def test_only_who_is_asked_is_named_as_the_judge(project):

@@ -69,13 +69,15 @@ def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path):
 
 
 def test_what_the_environment_refused_can_be_shown_as_tried(script, tmp_path):
-    files = judged(tmp_path, "wait", valid=False, end="refused")
-    for options, tried in ([], None), (["--recover"], [STEP | {"action": "wait"}]):
-        done = script("stage4_synthesize.py", *SAMPLE[1:], *files, "--guided", "verdicts", *options)
+    files, refused = judged(tmp_path, "wait", valid=False, end="refused"), STEP | {"action": "wait"}
+    for option, deliberated, tried in (
+            ([], True, None), (["--recover-only"], False, [refused]), (["--recover"], True, [refused])):
+        done = script("stage4_synthesize.py", *SAMPLE[1:], *files, "--guided", "verdicts", *option)
         assert done.returncode == 0, done.stderr
         ((step,),) = [json.loads(line)["steps"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-        assert step["deliberated"] and step.get("tried") == tried
-    assert step["thought"].startswith("- wait: Fine.\n- look around: Fine.") and "1 of them after a refusal" in done.stdout
+        assert (step["deliberated"], step.get("tried")) == (deliberated, tried)
+        assert deliberated or step["thought"] == STEP["thought"]
+    assert step["thought"].startswith("- wait: Fine.\n- look around: Fine.") and "1 go on from a refusal" in done.stdout
 
 
 def test_a_broken_line_is_named(refuses, tmp_path):
