@@ -75,7 +75,7 @@ TASKS ?= 240
 TEST_TASKS ?= 60
 EPOCHS ?= 1
 EXPLORE ?= 100
-RECOVER ?= 1
+RECOVER ?= 4
 endif
 else ifeq ($(PROFILE),paper)
 MODEL ?= meta-llama/Llama-3.1-8B-Instruct
@@ -106,7 +106,8 @@ ifeq ($(strip $(FOLDS)),1)
 $(error FOLDS is 1; it can be empty, for none, or 2 and more)
 endif
 MASK_REJECTED ?=#         1: a policy is taught to judge the mistakes that its lists begin with, not to make them
-RECOVER ?=#               1: samples that the environment refused are shown as tried, and the deliberation goes on from there
+RECOVER ?=#               e.g. 4: where a sample is refused, the policy tries on until so many have been, and the deliberation
+#                         goes on from there
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
 EXPLORE ?=#               stages 1 and 2 go through so many of the experts only; empty: all
@@ -194,7 +195,7 @@ TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $
 ENGINE = --max-live $(strip $(MAX_LIVE))
 FINETUNE_OPTIONS = $(TRAIN_OPTIONS) $(if $(strip $(MASK_REJECTED)),--mask-rejected)
 SAMPLE_OPTIONS = --n-samples $(strip $(N)) $(addprefix --explore ,$(strip $(EXPLORE))) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
-ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) --seed $(strip $(SEED))
+ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) $(addprefix --refusals ,$(strip $(RECOVER))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
 SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH)$(if $(filter recover-only,$(VARIANT)), --recover-only,$(if $(strip $(RECOVER)), --recover)))$(if $(filter choice-first,$(VARIANT)), --choice-first))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))

@@ -623,6 +623,7 @@ def literally(text: str) -> str:
     return re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\1", text)
 
 
+REFUSED = "This is not possible here and only wastes a turn"  # the verdict on what the environment refuses
 GUIDED = ("reasons", "verdicts")  # what is left to a small base model: to give reasons for verdicts, or nothing
 # A reason of the base model's in a form that it is held to, in the agent's own voice.
 # "The agent ..." would be somebody else, and "the task is ..." no reason.
@@ -1612,8 +1613,9 @@ def retry_sampling(args: argparse.Namespace, key: str, attempt: int, form: str) 
 
 @dataclass
 class Episode:
-    """One episode in play. `forced` steps are executed first, as they are; then the policy takes over, unless step `tried`,
-    counted from 1, is refused. It ends at the task's turn limit, or after `limit` steps if that is less.
+    """One episode in play. `forced` steps are executed first, as they are; then the policy takes over. It ends at the task's
+    turn limit, or after `limit` steps if that is less. If step `tried`, counted from 1, is refused, it ends as soon as an
+    action is accepted or, that step counted, `refusals` have been refused.
 
     Every executed step is {"thought", "action", "text", "observation", "reward", "tokens"}, forced ones included.
     """
@@ -1621,6 +1623,7 @@ class Episode:
     task: str
     forced: list[dict] = field(default_factory=list)
     tried: int | None = None
+    refusals: int = 1
     limit: float = math.inf
     example: dict | None = None  # a trajectory to show in the prompt
     instruction: str = ""
@@ -1640,7 +1643,9 @@ class Episode:
     def record(self, turn: dict, result: tuple[str, float, str | None], limit: float) -> None:
         observation, self.reward, self.end = result
         self.steps.append({**turn, "observation": observation, "reward": self.reward})
-        if self.end is None and len(self.steps) == self.tried and not is_valid(observation):
+        since = self.steps[self.tried - 1:] if self.tried else []
+        if self.end is None and since and not is_valid(since[0]["observation"]) and (
+                is_valid(observation) or len(since) >= self.refusals):
             self.end = "refused"
         if self.end is None and len(self.steps) >= limit:
             self.end = "turn limit"

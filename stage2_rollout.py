@@ -7,8 +7,9 @@ For a sampled action a^_t of a flagged step the environment is brought to the ex
 and the current policy plays on at temperature 1 to the end of the episode or the turn limit: e^_t ~ pi(. | h_{t-1}, a^_t)
 with final reward r_t. The expert's own action needs no rollout: its execution is the rest of the expert trajectory. The
 rollout of an action that the environment refuses ends there: all is as it was, and what the policy would do then says
-nothing of the action (and was a third of all turns of a small model). One row a distinct action, joined to its candidate
-row by key:
+nothing of the action (and was a third of all turns of a small model). With --refusals K it ends when an action is accepted
+or K have been refused: what the policy tries in vain, which stage 4's --recover shows. One row a distinct action, joined to
+its candidate row by key:
 
     {"key": "scienceworld/find-animal/12/step3/2", "candidate": "scienceworld/find-animal/12/step3",
      "action": "focus on bee", "thought": "...", "source": "sample", "valid": true, "reward": 0.5, "gained": 0.0,
@@ -36,6 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
     parser.add_argument("--extra-turns", type=int, metavar="K", help="end a rollout K turns after the expert would have been "
                         "done: by then an action has led astray, and a small policy goes in circles; default: never")
+    parser.add_argument("--refusals", type=int, default=1, metavar="K", help="let the policy try on where the sampled action "
+                        "is refused, until K in a row have been; default: %(default)s")
     add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
     return parser.parse_args()
 
@@ -53,12 +56,13 @@ def sampled_rollout(candidate: dict, action: dict, episode: Episode) -> dict:
     return rollout_row(episode.key, candidate, action, steps, episode.reward, gained, episode.end)
 
 
-def branch(key: str, candidate: dict, action: dict, trajectory: dict, extra_turns: int | None) -> Episode:
+def branch(key: str, candidate: dict, action: dict, trajectory: dict, extra_turns: int | None, refusals: int) -> Episode:
     """An episode that replays h_{t-1}, executes the sampled action and leaves the rest to the policy, unless it is refused."""
     limit = math.inf if extra_turns is None else len(trajectory["steps"]) + extra_turns
     prefix = trajectory["steps"][:candidate["step"] - 1]
     sampled = {"thought": action["thought"], "action": action["action"]}
-    return Episode(key, trajectory["task"], forced=[*prefix, sampled], tried=candidate["step"], limit=limit)
+    return Episode(key, trajectory["task"], forced=[*prefix, sampled], tried=candidate["step"], refusals=refusals,
+                   limit=limit)
 
 
 def determined_by(candidate: dict, action: dict, trajectory: dict) -> tuple:
@@ -98,7 +102,7 @@ def main() -> None:
         if item[1]["source"] == "sample":
             first.setdefault(determined_by(*item), key)
     with StageOutput(args.out, settings_of(args), inputs) as output:
-        todo = [branch(key, *work[key], args.extra_turns) for key in first.values() if key not in output.done]
+        todo = [branch(key, *work[key], args.extra_turns, args.refusals) for key in first.values() if key not in output.done]
         if todo:
             with EnvironmentPool(env, min(args.max_live, len(todo))) as pool:
                 sampling = turn_sampling(args.temperature, args.max_tokens)

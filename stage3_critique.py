@@ -20,10 +20,10 @@ import re
 import time
 from collections import Counter
 
-from common import (GUIDED, REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options, copies,
-                    duration, failure, failures_last, fill_dialogue, first_sentences, generate_checked, is_cut_off, leak_in,
-                    literally, make_engine, progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage,
-                    settings_of, share, steps_text)
+from common import (GUIDED, REASON, REFUSED, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
+                    copies, duration, failure, failures_last, fill_dialogue, first_sentences, generate_checked, is_cut_off,
+                    leak_in, literally, make_engine, progress, prompt_path, read_rows, repeats_itself, retry_sampling,
+                    run_stage, settings_of, share, steps_text)
 
 TAG = "Action Evaluation:"
 POSSIBLE = re.compile(r"\bis (?:also |indeed |quite )?(?:possible|valid|feasible)\b", re.IGNORECASE)
@@ -88,7 +88,7 @@ def verdict(rollout: dict) -> str:
     by the expert's way from here on. Only what leads to more reward, or to as much in as few steps, leads on: else every
     action that the policy recovers from in the end would be as good as every other."""
     if not rollout["valid"]:
-        return "This is not possible here and only wastes a turn"
+        return REFUSED
     reward, expert_reward = round(rollout["reward"], 3), round(rollout["expert_reward"], 3)
     if (reward, -len(rollout["steps"])) >= (expert_reward, -rollout["expert_steps"]):
         return "This is possible and leads on to completing the task"

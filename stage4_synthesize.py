@@ -13,8 +13,9 @@ Writes D_delib in the very format of expert.jsonl, so that it is the next iterat
 "deliberated": true, those that fell back "fallback": [reasons]. With --expert-switch, a rollout whose reward beats the
 expert's replaces the rest of the trajectory from its step on; the row then says so in "switched".
 
-With --recover, what the environment refused of the samples is shown as tried before the deliberation ("tried", turns that are
-not learnt), which begins its list with it: experts are never refused, so that nothing else teaches to go on from there.
+With --recover, what the environment refused the policy at a step is shown as tried before the deliberation ("tried", turns
+that are not learnt), which begins its list with it: experts are never refused, so that nothing else teaches to go on from
+there.
 
 The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC); with
 --propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS).
@@ -23,17 +24,18 @@ The ablations of table 3: without --rollouts and --critiques the candidates come
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from common import (CANDIDATES, CRITIQUE, GUIDED, REASON, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError,
+from common import (CANDIDATES, CRITIQUE, GUIDED, REASON, REFUSED, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError,
                     add_engine_options, check_model, copies, duration, failure, failures_last, fill_dialogue,
-                    first_sentences, generate_checked, is_cut_off, leak_in, listed_candidates, literally, make_engine,
-                    normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, retry_sampling, run_stage,
-                    settings_of, share, stable_seed, steps_text)
+                    first_sentences, generate_checked, is_cut_off, is_valid, leak_in, listed_candidates, literally,
+                    make_engine, normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, retry_sampling,
+                    run_stage, settings_of, share, stable_seed, steps_text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,9 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--choice-first", action="store_true", help="an ablation: list the expert's action first; default: in "
                         "the order of how often the policy sampled them")
     recover = parser.add_mutually_exclusive_group()
-    recover.add_argument("--recover", action="store_true", help="show samples that the environment refused as tried before "
-                         "the deliberation, and begin its list with them; needs --rollouts")
-    recover.add_argument("--recover-only", action="store_true", help="an ablation: show them before the old thought, and "
+    recover.add_argument("--recover", action="store_true", help="show what the policy tried in vain (stage 2's --refusals) "
+                         "before the deliberation, and begin its list with it; needs --rollouts")
+    recover.add_argument("--recover-only", action="store_true", help="an ablation: show it before the old thought, and "
                          "deliberate nowhere")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
     args = parser.parse_args()
@@ -91,11 +93,12 @@ def step_of(candidate_key: str) -> int:
 
 
 def refused_attempts(rollouts: list[dict]) -> dict[str, list[dict]]:
-    """{step: the sampled actions that the environment refused there, as the steps that trying them would have been}."""
+    """{step: what the policy tried there in vain, one action after the other}: the longest such beginning of a rollout."""
     attempts: dict[str, list[dict]] = {}
     for row in rollouts:
-        if row["source"] == "sample" and not row["valid"] and not failure(row["end"]):
-            attempts.setdefault(row["candidate"], []).append(row["steps"][0])
+        if row["source"] == "sample" and not failure(row["end"]):
+            refused = list(itertools.takewhile(lambda step: not is_valid(step["observation"]), row["steps"]))
+            attempts[row["candidate"]] = max(attempts.get(row["candidate"], []), refused, key=len)
     return attempts
 
 
@@ -114,17 +117,22 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"], "action": action,
-             "candidates": tried_first(by_preference(compared, row, action, seed, choice_first), tried), "tried": tried,
+             "candidates": tried_first(tried, by_preference(compared, row, action, seed, choice_first)), "tried": tried,
              "sampled": row["actions"]}
             for row in candidates if row["flagged"] and row["step"] <= last
             for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1
             for action in [trajectory["steps"][row["step"] - 1]["action"]]
-            for tried in [(attempts or {}).get(row["key"], [])]]
+            for tried in [[step for step in (attempts or {}).get(row["key"], [])
+                           if normalise(step["action"]) not in ("", normalise(action))]]]
 
 
-def tried_first(ranked: list[dict], tried: list[dict]) -> list[dict]:
-    places = {normalise(step["action"]): place for place, step in enumerate(tried)}
-    return sorted(ranked, key=lambda candidate: -places.get(normalise(candidate["action"]), -1))
+def tried_first(tried: list[dict], ranked: list[dict]) -> list[dict]:
+    """What was tried in vain, the last first and nothing twice, and then the other candidates."""
+    known = {normalise(candidate["action"]): candidate for candidate in ranked}
+    first = {normalise(step["action"]): {"action": step["action"], "critique": f"{REFUSED}.", "verdict": REFUSED}
+             for step in reversed(tried)}
+    return [*(known.get(action, candidate) for action, candidate in first.items()),
+            *(candidate for action, candidate in known.items() if action not in first)]
 
 
 def by_preference(compared: list[dict], row: dict, choice: str, seed: int, choice_first: bool) -> list[dict]:
@@ -224,10 +232,10 @@ def by_verdicts(item: dict) -> str:
     policy's own thought comes first as it does where nothing is deliberated: what is listed is what it would have done, unless
     it has been tried already.
     """
-    first = item["candidates"][0]["action"]
-    draft = purpose(next(sampled["thought"] for sampled in item["sampled"] if sampled["action"] == first), first)
-    if item.get("tried"):
-        draft = ""
+    draft = ""
+    if not item.get("tried"):
+        first = item["candidates"][0]["action"]
+        draft = purpose(next(sampled["thought"] for sampled in item["sampled"] if sampled["action"] == first), first)
     return "\n".join([*([draft, ""] if draft else []), *judgements(item), "",
                       f"I choose to {item['action']}. {purpose(old_thought(item), item['action'])}"])
 

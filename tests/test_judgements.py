@@ -232,17 +232,19 @@ def test_with_the_choice_first_only_the_others_come_in_their_order(count):
 
 
 def test_what_was_refused_is_tried_before_the_deliberation_and_begins_its_list():
-    outcomes = [("go to drawer 3", "expert", True), ("wait", "sample", True), ("fly", "sample", False),
-                ("run", "sample", False)]
-    rollouts = [{"candidate": "a/step3", "source": source, "valid": valid, "end": "turn limit" if valid else "refused",
-                 "steps": [{"thought": "t", "action": action, "observation": "Nothing happens."}]}
-                for action, source, valid in outcomes]
-    actions = [{"action": row["steps"][0]["action"], "thought": "t", "count": 1} for row in rollouts]
+    played = {"go to drawer 3": ["go to drawer 3"], "wait": ["wait", "fly"], "hop": ["hop"],
+              "fly": ["fly", "run", "fly", "wait"]}
+    said = {"fly": "Nothing happens.", "run": "Nothing happens.", "hop": "Nothing happens."}
+    rollouts = [{"candidate": "a/step3", "source": "expert" if first == "go to drawer 3" else "sample", "end": "refused",
+                 "steps": [{"thought": "t", "action": name, "observation": said.get(name, "Done.")} for name in names]}
+                for first, names in played.items()]
+    actions = [{"action": name, "thought": "t", "count": 1} for name in played]
     row = {"key": "a/step3", "step": 3, "flagged": True, "actions": actions}
     critiques = {"a/step3": [action | {"critique": "Fine."} for action in actions]}
     (item,) = plan_steps(TRAJECTORY, [row], critiques, 0, attempts=refused_attempts(rollouts))
-    assert [step["action"] for step in item["tried"]] == ["fly", "run"]
-    assert by_verdicts(item).startswith("- run: Fine.\n- fly: Fine.\n- ") and "drawer 3: Fine." in by_verdicts(item)
+    assert [step["action"] for step in item["tried"]] == ["fly", "run", "fly"]
+    assert by_verdicts(item).startswith("- fly: Fine.\n- run: This is not possible here and only wastes a turn.\n- ")
+    assert sorted(listed_candidates(by_verdicts(item))) == ["fly", "go to drawer 3", "hop", "run", "wait"]
 
 
 def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():

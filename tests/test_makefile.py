@@ -127,7 +127,7 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("FOLDS=2", ["stage0_sft train", "stage0_sft train", "stage1_sample", "stage2_rollout", *ITERATION]),
     ("GUIDED=verdicts", ITERATION[2:]),
     ("MASK_REJECTED=1", ITERATION[4:]),
-    ("RECOVER=1", ITERATION[3:]),
+    ("RECOVER=2", ITERATION[1:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),

@@ -130,16 +130,24 @@ def test_what_an_earlier_rollout_determines_is_not_played_again(tmp_path, monkey
     assert rollouts["b/step1/1"]["steps"] == rollouts["a/step1/1"]["steps"] and rollouts["a/step1/1"]["end"] == "wrong focus"
 
 
-@pytest.mark.parametrize("action, extra, end, turns", [
-    ("fly to moon 1", None, "refused", 2), ("look", None, "turn limit", 5), ("look", 1, "turn limit", 3),
-    ("look", 0, "turn limit", 2), ("look", 9, "turn limit", 5)])
+@pytest.mark.parametrize("action, extra, refusals, end, turns", [
+    ("fly to moon 1", None, 1, "refused", 2), ("fly to moon 1", None, 3, "refused", 4), ("look", None, 3, "turn limit", 5),
+    ("look", 1, 1, "turn limit", 3), ("look", 0, 1, "turn limit", 2), ("look", 9, 1, "turn limit", 5)])
 def test_a_rollout_ends_at_its_limits_and_where_its_action_is_refused_but_not_the_policys_own(
-        games, action, extra, end, turns):
+        games, action, extra, refusals, end, turns):
     trajectory = {"task": games[0], "steps": [{"thought": "", "action": "inventory"}] * 2}
-    episode = stage2_rollout.branch("k", {"step": 2}, {"thought": "", "action": action}, trajectory, extra)
+    episode = stage2_rollout.branch("k", {"step": 2}, {"thought": "", "action": action}, trajectory, extra, refusals)
     with EnvironmentPool("alfworld", 1) as pool:
         list(play([episode], Scripted(["fly to moon 1"]), pool, {}, 0, 5))
     assert episode.end == end and len(episode.steps) == turns and not episode.failures
+
+
+def test_a_refused_rollout_ends_when_an_action_is_accepted(games):
+    trajectory = {"task": games[0], "steps": [{"thought": "", "action": "inventory"}] * 2}
+    episode = stage2_rollout.branch("k", {"step": 2}, {"thought": "", "action": "fly to moon 1"}, trajectory, None, 4)
+    with EnvironmentPool("alfworld", 1) as pool:
+        list(play([episode], Scripted(["look"]), pool, {}, 0, 9))
+    assert episode.end == "refused" and [step["action"] for step in episode.steps] == ["inventory", "fly to moon 1", "look"]
 
 
 @pytest.mark.parametrize("step, gained", [(1, 0.25), (2, 0.0), (3, 0.5)])

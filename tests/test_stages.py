@@ -69,7 +69,8 @@ def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path):
 
 
 def test_what_the_environment_refused_can_be_shown_as_tried(script, tmp_path):
-    files, refused = judged(tmp_path, "wait", valid=False, end="refused"), STEP | {"action": "wait"}
+    refused = STEP | {"action": "wait", "observation": "No known action matches that input."}
+    files = judged(tmp_path, "wait", valid=False, end="refused", steps=[refused])
     for option, deliberated, tried in (
             ([], True, None), (["--recover-only"], False, [refused]), (["--recover"], True, [refused])):
         done = script("stage4_synthesize.py", *SAMPLE[1:], *files, "--guided", "verdicts", *option)
