@@ -1643,10 +1643,10 @@ class Episode:
     def record(self, turn: dict, result: tuple[str, float, str | None], limit: float) -> None:
         observation, self.reward, self.end = result
         self.steps.append({**turn, "observation": observation, "reward": self.reward})
-        since = self.steps[self.tried - 1:] if self.tried else []
-        if self.end is None and since and not is_valid(since[0]["observation"]) and (
-                is_valid(observation) or len(since) >= self.refusals):
-            self.end = "refused"
+        if self.end is None and self.tried and len(self.steps) >= self.tried:
+            was_refused = not is_valid(self.steps[self.tried - 1]["observation"])
+            if was_refused and (is_valid(observation) or len(self.steps) - self.tried + 1 >= self.refusals):
+                self.end = "refused"
         if self.end is None and len(self.steps) >= limit:
             self.end = "turn limit"
 
