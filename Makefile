@@ -15,8 +15,8 @@ ENV ?= scienceworld#      scienceworld or alfworld
 VARIANT ?=#               beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model
 #                         proposes the candidates; candidates without critiques), no-reasons or reasons (verdicts alone; with
 #                         CRITIC's reasons), self-critic (MODEL judges instead of CRITIC), choice-first (the expert's action
-#                         first in every list), recover-only (RECOVER without deliberations) or more-sft (the expert
-#                         data again, for as many tokens as SAND)
+#                         before all that was not tried), recover-only (RECOVER without deliberations) or more-sft (the
+#                         expert data again, for as many tokens as SAND)
 PACKAGED := models/SmolLM2-135M-Instruct
 PACKAGED_CRITIC := models/Qwen2.5-Coder-0.5B-Instruct
 
@@ -104,6 +104,9 @@ FOLDS ?=#                 for models that learn their experts by heart and then 
 #                         and rolls out every fold of the experts with a policy finetuned on the others, e.g. 2
 ifeq ($(strip $(FOLDS)),1)
 $(error FOLDS is 1; it can be empty, for none, or 2 and more)
+endif
+ifneq ($(filter 0,$(EXPLORE) $(RECOVER)),)
+$(error EXPLORE and RECOVER can be empty, for all and for none, or 1 and more)
 endif
 MASK_REJECTED ?=#         1: a policy is taught to judge the mistakes that its lists begin with, not to make them
 RECOVER ?=#               e.g. 4: where a sample is refused, the policy tries on until so many have been, and the deliberation

@@ -547,7 +547,9 @@ def dialogue(env: str, instruction: str, steps: list[dict], example: dict | None
 
 
 def turns_of(steps: list[dict]) -> list[str]:
-    return [turn for step in steps for turn in (agent_turn(step), f"Observation: {step['observation']}")]
+    """What a step says was tried there in vain ("tried", of stage 4's --recover) comes before it."""
+    return [turn for step in steps for shown in (*step.get("tried", ()), step)
+            for turn in (agent_turn(shown), f"Observation: {shown['observation']}")]
 
 
 def steps_text(steps: list[dict], last: int | None = None) -> str:
@@ -577,14 +579,14 @@ def _bare(listed: str) -> str:
     return normalise(listed.strip("*`\"' "))
 
 
-def rejected_spans(turn: str, before: str = "") -> list[tuple[int, int]]:
+def rejected_spans(turn: str, tried: str = "") -> list[tuple[int, int]]:
     """From where to where, in characters, an agent's turn thinks of and names an action to begin its list with, where that
-    is neither the one it chooses nor, being there to be seen, that of the turn before.
+    is neither the one it chooses nor, being there to be seen, that of the turn before, tried in vain.
 
     What stands further down has the list so far to go by, and is learnt: else it comes out as a copy of the first.
     """
     first = BULLET.search(turn)
-    if first is None or _bare(first[1]) in [normalise(parse_turn(shown)["action"]) for shown in (turn, before)]:
+    if first is None or _bare(first[1]) in [normalise(parse_turn(shown)["action"]) for shown in (turn, tried)]:
         return []
     return [(0, len(turn[:first.start()].rstrip())), first.span(1)]  # that a list follows is learnt
 
@@ -1241,7 +1243,7 @@ class ChatFormat:
             if i % 2:
                 if len(ids) + len(piece) + 1 > longest:
                     break
-                spans = rejected_spans(turns[i], turns[i - 2] if i > 1 else "") if mask_rejected else []
+                spans = rejected_spans(turns[i], turns[i - 2] if i - 2 in unlearnt else "") if mask_rejected else []
                 ids += piece + [self.end_of_turn]
                 labels += ([-100] * (len(piece) + 1) if i in unlearnt
                            else self._without(spans, turns[i], piece) + [self.end_of_turn])
@@ -1786,16 +1788,13 @@ def training_sequences(rows: list[dict], chat: ChatFormat, longest: int, mask_re
                        ) -> tuple[list[dict], int]:
     """One sequence of at most `longest` tokens a trajectory, all its turns in it; and how many had to be cut.
 
-    What a step says was tried there before it ("tried", of stage 4's --recover) is shown and not learnt.
+    What was tried in vain is shown and not learnt.
     """
     sequences, cut = [], 0
     for row in rows:
-        steps, unlearnt = [], set()
-        for step in row["steps"]:
-            tried = step.get("tried", [])
-            unlearnt |= {2 * place + 1 for place in range(len(steps), len(steps) + len(tried))}
-            steps += [*tried, step]
-        turns = dialogue(row["env"], row["instruction"], steps)[:-1]  # nothing is learnt after the last action
+        turns = dialogue(row["env"], row["instruction"], row["steps"])[:-1]  # nothing is learnt after the last action
+        learnt = [last for step in row["steps"] for last in (*[False] * len(step.get("tried", ())), True)]
+        unlearnt = {2 * place + 1 for place, last in enumerate(learnt) if not last}
         ids, labels = chat.encode_for_training(turns, longest, mask_rejected, unlearnt)
         cut += len(ids) < len(chat.encode(turns))
         if ids:

@@ -23,6 +23,7 @@ averaged. `show` prints one episode.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -168,6 +169,19 @@ def action_tokens(episode: dict) -> float:
 def refused_rate(episode: dict) -> float:
     """The share of steps whose action the environment refused, or that had none."""
     return mean(not is_valid(step["observation"]) for step in episode["steps"])
+
+
+def refused_again(episodes: list[dict], fewest: int, most: float) -> list[bool]:
+    """Of the steps that follow `fewest` to `most` refusals in a row, whether each was refused too."""
+    again = []
+    for episode in episodes:
+        run = 0
+        for step in episode["steps"]:
+            refused = not is_valid(step["observation"])
+            if fewest <= run <= most:
+                again.append(refused)
+            run = run + 1 if refused else 0
+    return again
 
 
 def is_loop(episode: dict) -> bool:
@@ -447,10 +461,13 @@ def ending_section(models: dict) -> list[str]:
     lines = ["## Why episodes ended, and when they succeeded", "", "![success by turn](success.png)", ""]
     lines += table(["model", *ends], ([name, *(counts[name][end] for end in ends)] for name in models))
     lines += ["## Actions", "", "Refused: the share of steps whose action the environment did not accept, or that had "
-              "none. In a loop: episodes with an action repeated three times in a row with the same answer.", ""]
+              "none; again: of those that follow one refusal, or two and more in a row. In a loop: episodes with an action "
+              "repeated three times in a row with the same answer.", ""]
     return lines + table(
-        ["model", "refused", "without an action", "in a loop"],
+        ["model", "refused", "again after one", "again after more", "without an action", "in a loop"],
         ([name, f"{mean(map(refused_rate, both(splits))):.2f}",
+          *(share(sum(again), len(again)) for again in (refused_again(both(splits), 1, 1),
+                                                        refused_again(both(splits), 2, math.inf))),
           f"{mean(mean(not step['action'] for step in row['steps']) for row in both(splits)):.2f}",
           share(sum(map(is_loop, both(splits))), len(both(splits)))] for name, splits in models.items()))
 

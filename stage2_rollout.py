@@ -21,6 +21,7 @@ its candidate row by key:
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 
@@ -50,14 +51,17 @@ def expert_rollout(key: str, candidate: dict, action: dict, trajectory: dict) ->
 
 
 def sampled_rollout(candidate: dict, action: dict, episode: Episode) -> dict:
-    """The sampled action, executed after h_{t-1}, and what the policy made of it."""
+    """The sampled action, executed after h_{t-1}, and what the policy made of it; of a refused one what it tried in vain."""
     before, steps = episode.steps[:candidate["step"] - 1], episode.steps[candidate["step"] - 1:]
     gained = steps[0]["reward"] - (before[-1]["reward"] if before else 0.0) if steps else 0.0
+    refused = list(itertools.takewhile(lambda step: not is_valid(step["observation"]), steps))
+    if refused and not failure(episode.end):
+        return rollout_row(episode.key, candidate, action, refused, refused[-1]["reward"], gained, "refused")
     return rollout_row(episode.key, candidate, action, steps, episode.reward, gained, episode.end)
 
 
 def branch(key: str, candidate: dict, action: dict, trajectory: dict, extra_turns: int | None, refusals: int) -> Episode:
-    """An episode that replays h_{t-1}, executes the sampled action and leaves the rest to the policy, unless it is refused."""
+    """An episode that replays h_{t-1}, executes the sampled action and leaves the rest to the policy, if it is accepted."""
     limit = math.inf if extra_turns is None else len(trajectory["steps"]) + extra_turns
     prefix = trajectory["steps"][:candidate["step"] - 1]
     sampled = {"thought": action["thought"], "action": action["action"]}

@@ -11,7 +11,8 @@ after the last attempt the step keeps its old thought. Unflagged steps keep thei
 
 Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. Steps that deliberate have
 "deliberated": true, those that fell back "fallback": [reasons]. With --expert-switch, a rollout whose reward beats the
-expert's replaces the rest of the trajectory from its step on; the row then says so in "switched".
+expert's replaces the rest of the trajectory from its step on; the row then says so in "switched". The thought that a step
+had before it deliberated is in "plain".
 
 With --recover, what the environment refused the policy at a step is shown as tried before the deliberation ("tried", turns
 that are not learnt), which begins its list with it: experts are never refused, so that nothing else teaches to go on from
@@ -24,7 +25,6 @@ The ablations of table 3: without --rollouts and --critiques the candidates come
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 import re
 import time
@@ -33,7 +33,7 @@ from collections.abc import Callable
 
 from common import (CANDIDATES, CRITIQUE, GUIDED, REASON, REFUSED, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError,
                     add_engine_options, check_model, copies, duration, failure, failures_last, fill_dialogue,
-                    first_sentences, generate_checked, is_cut_off, is_valid, leak_in, listed_candidates, literally,
+                    first_sentences, generate_checked, is_cut_off, leak_in, listed_candidates, literally,
                     make_engine, normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, retry_sampling,
                     run_stage, settings_of, share, stable_seed, steps_text)
 
@@ -55,17 +55,17 @@ def parse_arguments() -> argparse.Namespace:
                         "thought")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
                         "default: all")
-    parser.add_argument("--choice-first", action="store_true", help="an ablation: list the expert's action first; default: in "
-                        "the order of how often the policy sampled them")
+    parser.add_argument("--choice-first", action="store_true", help="an ablation: list the expert's action before all that "
+                        "was not tried; default: in the order of how often the policy sampled them")
     recover = parser.add_mutually_exclusive_group()
     recover.add_argument("--recover", action="store_true", help="show what the policy tried in vain (stage 2's --refusals) "
-                         "before the deliberation, and begin its list with it; needs --rollouts")
+                         "before the deliberation, and begin its list with it")
     recover.add_argument("--recover-only", action="store_true", help="an ablation: show it before the old thought, and "
                          "deliberate nowhere")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
     args = parser.parse_args()
-    if (args.recover or args.recover_only) and not args.rollouts:
-        parser.error("--recover and --recover-only need --rollouts: they tell what the environment refused")
+    if (args.recover or args.recover_only) and not (args.rollouts and args.critiques):
+        parser.error("--recover and --recover-only need --rollouts and --critiques, which tell what was refused")
     return args
 
 
@@ -92,14 +92,14 @@ def step_of(candidate_key: str) -> int:
 # --- Synthesis ----------------------------------------------------------------------------------------------------
 
 
-def refused_attempts(rollouts: list[dict]) -> dict[str, list[dict]]:
-    """{step: what the policy tried there in vain, one action after the other}: the longest such beginning of a rollout."""
-    attempts: dict[str, list[dict]] = {}
+def refused_attempts(rollouts: list[dict], seed: int) -> dict[str, list[dict]]:
+    """{step: what the policy tried there in vain, one action after the other}: any beginning of a refused rollout, by lot,
+    so that going on is learnt after the first refusal as well as after the last."""
+    beginnings = defaultdict(list)
     for row in rollouts:
-        if row["source"] == "sample" and not failure(row["end"]):
-            refused = list(itertools.takewhile(lambda step: not is_valid(step["observation"]), row["steps"]))
-            attempts[row["candidate"]] = max(attempts.get(row["candidate"], []), refused, key=len)
-    return attempts
+        if row["source"] == "sample" and not row["valid"] and not failure(row["end"]):
+            beginnings[row["candidate"]] += [row["steps"][:end] for end in range(1, len(row["steps"]) + 1)]
+    return {step: random.Random(stable_seed(seed, step, "tried")).choice(choices) for step, choices in beginnings.items()}
 
 
 def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]], seed: int,
@@ -110,8 +110,9 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     sampled by lot among them all. At the end it would teach the policy to condemn what it lists first, at the front to
     praise it, whatever it is; and in a random order altogether it finds no end of its list. Wherever that puts it, the
     expert's comes before its equals by the environment's verdict: then the choice is the first that leads on, which a
-    policy can learn, and no arbitrary one of several. With choice_first it comes before all: is it the wrong actions
-    listed before the choice that a policy suffers from? What was tried before the step comes first of all, the last first.
+    policy can learn, and no arbitrary one of several. With choice_first it comes before all of them: is it the wrong
+    actions listed before the choice that a policy suffers from? What was tried before the step comes first of all, the last
+    first.
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
@@ -229,24 +230,28 @@ def by_verdicts(item: dict) -> str:
 
     The old thought says what the action is for: a policy that learns the verdicts in its place forgets what it has done and
     what is left to do. The choice stands before it, next to the verdicts: else it follows the thought and not these. The
-    policy's own thought comes first as it does where nothing is deliberated: what is listed is what it would have done, unless
-    it has been tried already.
+    policy's own thought comes first as it does where nothing is deliberated: what is listed is what it would have done.
+
+    Where that was tried in vain there is neither: a policy that still wants it says so in the thought after the choice, and
+    then does it again (of 101 such thoughts that led away from the choice, all but one led to a refused action).
     """
-    draft = ""
-    if not item.get("tried"):
-        first = item["candidates"][0]["action"]
-        draft = purpose(next(sampled["thought"] for sampled in item["sampled"] if sampled["action"] == first), first)
-    return "\n".join([*([draft, ""] if draft else []), *judgements(item), "",
-                      f"I choose to {item['action']}. {purpose(old_thought(item), item['action'])}"])
+    choice = f"I choose to {item['action']}."
+    if item.get("tried"):
+        return "\n".join([*judgements(item), "", choice])
+    first = item["candidates"][0]["action"]
+    draft = purpose(next(sampled["thought"] for sampled in item["sampled"] if sampled["action"] == first), first)
+    return "\n".join([*([draft, ""] if draft else []), *judgements(item), "", f"{choice} {plain_thought(item)}"])
 
 
-def old_thought(item: dict) -> str:
-    return item["trajectory"]["steps"][item["step"] - 1]["thought"]
+def plain_thought(item: dict) -> str:
+    """The thought that the step had before it deliberated."""
+    step = item["trajectory"]["steps"][item["step"] - 1]
+    return step.get("plain", step["thought"])
 
 
 def purpose(thought: str, action: str) -> str:
-    """What a thought says an action is for; of an earlier deliberation, what follows the list and the choice."""
-    return thought.split("\n\n")[-1].removeprefix(f"I choose to {action}. ")
+    """What a policy's thought says an action is for; of a deliberation, what follows the list and the choice."""
+    return thought.split("\n\n")[-1].removeprefix(f"I choose to {action}.").strip()
 
 
 def grouped(path: str | None, fields: dict, group: Callable[[dict], str]) -> dict[str, list[dict]]:
@@ -285,7 +290,7 @@ def main() -> None:
                                 f"those of other actions than {args.candidates} has; run stages 2 and 3 again")
         items = (plan_proposals(row) if args.propose
                  else plan_steps(row, candidates.get(row["key"], []), critiques, args.seed, args.choice_first,
-                                 refused_attempts(rollouts.get(row["key"], []))
+                                 refused_attempts(rollouts.get(row["key"], []), args.seed)
                                  if args.recover or args.recover_only else None))
         plan |= {item["key"]: item for item in items}
 
@@ -302,7 +307,7 @@ def main() -> None:
         todo = [item for key, item in plan.items() if key not in output.done]
         if todo:
             if args.recover_only or args.guided == "verdicts" and args.critiques:
-                thought_of = old_thought if args.recover_only else by_verdicts
+                thought_of = plain_thought if args.recover_only else by_verdicts
                 engine, results = None, ((item, thought_of(item), []) for item in todo)
             else:
                 engine = make_engine(args)
@@ -318,7 +323,7 @@ def main() -> None:
             if written["thought"] is not None:
                 for name in "text", "tried":
                     step.pop(name, None)
-                step |= {"thought": written["thought"], "deliberated": not args.recover_only}
+                step |= {"plain": plain_thought(item), "thought": written["thought"], "deliberated": not args.recover_only}
                 if item.get("tried"):
                     step["tried"] = item["tried"]
             else:

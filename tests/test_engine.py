@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from common import (ChatFormat, ServerEngine, UserError, bfloat16_is_fast, generate, generate_checked, parse_turn,
+from common import (ChatFormat, ServerEngine, UserError, bfloat16_is_fast, dialogue, generate, generate_checked, parse_turn,
                     training_sequences)
 from conftest import MODEL
 from evaluate import AT_ONCE
@@ -140,11 +140,12 @@ def test_only_the_agents_turns_are_learnt(tokenizer):
 ])
 def test_a_rejected_action_can_be_judged_without_learning_to_propose_it(tokenizer, marked):
     chat = ChatFormat(tokenizer)
-    turns = ["Hello", marked.replace("[", "").replace("]", "")]
+    before = "Action: go to bed 1"  # accepted, so that to propose it again may be the mistake
+    turns = ["Hello", before, "You are there.", marked.replace("[", "").replace("]", "")]
     ids, labels = chat.encode_for_training(turns, 1000, mask_rejected=True)
     assert ids == chat.encode_for_training(turns, 1000)[0]
     learnt = tokenizer.decode([label for label in labels if label != -100])
-    assert learnt == re.sub(r"\[.*?\]", "", marked) + "<|im_end|>"
+    assert learnt == f"{before}<|im_end|>" + re.sub(r"\[.*?\]", "", marked) + "<|im_end|>"
 
 
 def test_what_was_tried_is_shown_and_not_learnt_and_then_rejected(tokenizer):
@@ -156,7 +157,9 @@ def test_what_was_tried_is_shown_and_not_learnt_and_then_rejected(tokenizer):
     (sequence,), cut = training_sequences([row], ChatFormat(tokenizer), 1000, mask_rejected=True)
     learnt = tokenizer.decode([label for label in sequence["labels"] if label != -100])
     assert learnt == f"Thought: {deliberation}\nAction: walk<|im_end|>Thought: I rest.\nAction: wait<|im_end|>" and not cut
-    shown = tokenizer.decode(sequence["input_ids"])
+    shown = tokenizer.decode(sequence["input_ids"])  # as when the next iteration samples
+    assert dialogue(row["env"], row["instruction"], row["steps"])[1:3] == ["Thought: I fly.\nAction: fly",
+                                                                           "Observation: Nothing happens."]
     assert shown.index("Action: fly") < shown.index("Nothing happens.") < shown.index("- fly: ") < shown.index("Action: wait")
 
 

@@ -112,7 +112,7 @@ def test_verdicts_alone_make_a_deliberation_without_a_model():
     assert is_deliberation(thought) and listed_candidates(thought) == ["go to drawer 3", "take mug (blue) 1"]
     assert thought.startswith("t\n\n- go to") and thought.endswith("There is none.\n\nI choose to go to drawer 3. t")
     again = {"sampled": [{"action": "go to drawer 3", "thought": thought}],
-             "trajectory": {"steps": [*STEPS[:2], STEPS[2] | {"thought": thought}]}}
+             "trajectory": {"steps": [*STEPS[:2], STEPS[2] | {"thought": thought, "plain": "t"}]}}
     assert by_verdicts(ITEM | again) == thought
 
 
@@ -233,18 +233,23 @@ def test_with_the_choice_first_only_the_others_come_in_their_order(count):
 
 def test_what_was_refused_is_tried_before_the_deliberation_and_begins_its_list():
     played = {"go to drawer 3": ["go to drawer 3"], "wait": ["wait", "fly"], "hop": ["hop"],
-              "fly": ["fly", "run", "fly", "wait"]}
+              "fly": ["fly", "run", "fly"]}
     said = {"fly": "Nothing happens.", "run": "Nothing happens.", "hop": "Nothing happens."}
     rollouts = [{"candidate": "a/step3", "source": "expert" if first == "go to drawer 3" else "sample", "end": "refused",
+                 "valid": first not in said,
                  "steps": [{"thought": "t", "action": name, "observation": said.get(name, "Done.")} for name in names]}
                 for first, names in played.items()]
     actions = [{"action": name, "thought": "t", "count": 1} for name in played]
     row = {"key": "a/step3", "step": 3, "flagged": True, "actions": actions}
     critiques = {"a/step3": [action | {"critique": "Fine."} for action in actions]}
-    (item,) = plan_steps(TRAJECTORY, [row], critiques, 0, attempts=refused_attempts(rollouts))
-    assert [step["action"] for step in item["tried"]] == ["fly", "run", "fly"]
-    assert by_verdicts(item).startswith("- fly: Fine.\n- run: This is not possible here and only wastes a turn.\n- ")
-    assert sorted(listed_candidates(by_verdicts(item))) == ["fly", "go to drawer 3", "hop", "run", "wait"]
+    seen = {}
+    for seed in range(40):
+        (item,) = plan_steps(TRAJECTORY, [row], critiques, seed, attempts=refused_attempts(rollouts, seed))
+        seen[tuple(step["action"] for step in item["tried"])] = thought = by_verdicts(item)
+        assert thought.endswith("\n\nI choose to go to drawer 3.")  # and no thought that wants what was refused
+    assert set(seen) == {("fly",), ("fly", "run"), ("fly", "run", "fly"), ("hop",)}
+    assert seen["fly", "run", "fly"].startswith("- fly: Fine.\n- run: This is not possible here and only wastes a turn.\n- ")
+    assert sorted(listed_candidates(seen["fly", "run"])) == ["fly", "go to drawer 3", "hop", "run", "wait"]
 
 
 def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():

@@ -22,6 +22,7 @@ from evaluate import (
     evaluations,
     interval,
     is_loop,
+    refused_again,
     refused_rate,
     report,
     reward_per_step,
@@ -92,6 +93,8 @@ def test_an_actions_tokens_are_its_share_of_the_turn():
 def test_refusals_loops_and_changes_of_mind():
     refused = step("fly", observation="No known action matches that input.")
     assert refused_rate(episode(steps=[refused, step(), step(), refused])) == 0.5
+    episodes = [episode(steps=[refused, refused, refused, step(), refused]), episode(steps=[step(), refused, step()])]
+    assert refused_again(episodes, 1, 1) == [True, False] and refused_again(episodes, 2, 9) == [True, False]
     assert is_loop(episode(steps=[step(), refused, refused, refused]))
     assert not is_loop(episode(steps=[step(), refused, refused, step(), refused]))
     assert changes_its_mind(WEIGHS, "wait") and not changes_its_mind(WEIGHS, "Go")

@@ -148,6 +148,9 @@ def test_a_refused_rollout_ends_when_an_action_is_accepted(games):
     with EnvironmentPool("alfworld", 1) as pool:
         list(play([episode], Scripted(["look"]), pool, {}, 0, 9))
     assert episode.end == "refused" and [step["action"] for step in episode.steps] == ["inventory", "fly to moon 1", "look"]
+    action = {"action": "fly to moon 1", "thought": "", "source": "sample"}
+    row = stage2_rollout.sampled_rollout({"key": "a", "step": 2}, action, episode)
+    assert [step["action"] for step in row["steps"]] == ["fly to moon 1"] and not row["valid"]
 
 
 @pytest.mark.parametrize("step, gained", [(1, 0.25), (2, 0.0), (3, 0.5)])
