@@ -305,10 +305,13 @@ endif
 # ---- Baselines, a whole study and the report ----
 AT_ONCE = $(ITERATIONS:%=$(R)/iter%/no-deliberation)
 # A make of its own for every VARIANT, since that is a variable of a whole make.
+ABLATIONS = no-sas no-eac choice-first
+ABLATIONS += $(if $(filter verdicts,$(GUIDED)),reasons,no-reasons $(if $(filter-out $(MODEL),$(CRITIC)),self-critic))
+ABLATIONS += $(if $(strip $(RECOVER)),recover-only)
 study: ## all, then its control more-sft, its ablations, SAND acting at once and base with one example: the README's main table
 	$(MAKE) all
 	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
-	$(foreach v,no-sas no-eac $(if $(filter verdicts,$(GUIDED)),reasons,$(if $(filter-out $(MODEL),$(CRITIC)),self-critic) no-reasons) choice-first $(if $(strip $(RECOVER)),recover-only),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(call evals,$(R)/base-example $(AT_ONCE))
+	$(foreach v,$(ABLATIONS),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(call evals,$(R)/base-example $(AT_ONCE))
 	$(MAKE) report
 
 baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K)) $(AT_ONCE)) ## base with an example in its prompt, SFT's best of K tries, SAND acting at once

@@ -15,8 +15,8 @@ expert's replaces the rest of the trajectory from its step on; the row then says
 had before it deliberated is in "plain".
 
 With --recover, what the environment refused the policy at a step is shown as tried before the deliberation ("tried", turns
-that are not learnt), which begins its list with it: experts are never refused, so that nothing else teaches to go on from
-there.
+that are not learnt), which begins its list with the last of it: experts are never refused, so that nothing else teaches to
+go on from there.
 
 The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC); with
 --propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS).
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
                         "was not tried; default: in the order of how often the policy sampled them")
     recover = parser.add_mutually_exclusive_group()
     recover.add_argument("--recover", action="store_true", help="show what the policy tried in vain (stage 2's --refusals) "
-                         "before the deliberation, and begin its list with it")
+                         "before the deliberation, and begin its list with the last of it")
     recover.add_argument("--recover-only", action="store_true", help="an ablation: show it before the old thought, and "
                          "deliberate nowhere")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
@@ -111,8 +111,8 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     praise it, whatever it is; and in a random order altogether it finds no end of its list. Wherever that puts it, the
     expert's comes before its equals by the environment's verdict: then the choice is the first that leads on, which a
     policy can learn, and no arbitrary one of several. With choice_first it comes before all of them: is it the wrong
-    actions listed before the choice that a policy suffers from? What was tried before the step comes first of all, the last
-    first.
+    actions listed before the choice that a policy suffers from? What was tried last before the step comes
+    first of all.
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
@@ -128,12 +128,13 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
 
 
 def tried_first(tried: list[dict], ranked: list[dict]) -> list[dict]:
-    """What was tried in vain, the last first and nothing twice, and then the other candidates."""
-    known = {normalise(candidate["action"]): candidate for candidate in ranked}
-    first = {normalise(step["action"]): {"action": step["action"], "critique": f"{REFUSED}.", "verdict": REFUSED}
-             for step in reversed(tried)}
-    return [*(known.get(action, candidate) for action, candidate in first.items()),
-            *(candidate for action, candidate in known.items() if action not in first)]
+    """What was tried last and in vain, and then the other candidates. What was tried before it stands in the history: where
+    up to four were listed, the policy's own lists went on to the token limit (at 40 of 634 steps)."""
+    if not tried:
+        return ranked
+    others = {normalise(candidate["action"]): candidate for candidate in ranked}
+    last = {"action": tried[-1]["action"], "critique": f"{REFUSED}.", "verdict": REFUSED}
+    return [others.pop(normalise(last["action"]), last), *others.values()]
 
 
 def by_preference(compared: list[dict], row: dict, choice: str, seed: int, choice_first: bool) -> list[dict]:

@@ -248,8 +248,9 @@ def test_what_was_refused_is_tried_before_the_deliberation_and_begins_its_list()
         seen[tuple(step["action"] for step in item["tried"])] = thought = by_verdicts(item)
         assert thought.endswith("\n\nI choose to go to drawer 3.")  # and no thought that wants what was refused
     assert set(seen) == {("fly",), ("fly", "run"), ("fly", "run", "fly"), ("hop",)}
-    assert seen["fly", "run", "fly"].startswith("- fly: Fine.\n- run: This is not possible here and only wastes a turn.\n- ")
+    assert seen["fly", "run"].startswith("- run: This is not possible here and only wastes a turn.\n- ")
     assert sorted(listed_candidates(seen["fly", "run"])) == ["fly", "go to drawer 3", "hop", "run", "wait"]
+    assert seen["fly", "run", "fly"].startswith("- fly: Fine.\n- ") and "run" not in seen["fly", "run", "fly"]
 
 
 def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():
