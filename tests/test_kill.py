@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -60,7 +61,8 @@ class Stage:
             except subprocess.TimeoutExpired:
                 os.kill(process.pid, signal.SIGKILL)
                 _, stderr = process.communicate()
-                assert "Traceback" not in stderr, stderr
+                # Python's own spawn may print an EOFError: its parent was gone before the worker had run a line of ours.
+                assert not re.search(rf'File "{ROOT}/\w+\.py"', stderr), stderr
         assert survived < KILLS / 2
 
     def remove(self):
