@@ -15,8 +15,8 @@ expert's replaces the rest of the trajectory from its step on; the row then says
 had before it deliberated is in "plain".
 
 With --recover, what the environment refused the policy at a step is shown as tried before the deliberation ("tried", turns
-that are not learnt), which begins its list with the last of it: experts are never refused, so that nothing else teaches to
-go on from there.
+that are not learnt), whose list begins with the last of it and goes on with what is possible: experts are never refused, so
+that nothing else teaches to go on from there.
 
 The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC); with
 --propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS).
@@ -111,8 +111,7 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     praise it, whatever it is; and in a random order altogether it finds no end of its list. Wherever that puts it, the
     expert's comes before its equals by the environment's verdict: then the choice is the first that leads on, which a
     policy can learn, and no arbitrary one of several. With choice_first it comes before all of them: is it the wrong
-    actions listed before the choice that a policy suffers from? What was tried last before the step comes
-    first of all.
+    actions listed before the choice that a policy suffers from? What was tried last before the step comes first of all.
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
@@ -128,13 +127,18 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
 
 
 def tried_first(tried: list[dict], ranked: list[dict]) -> list[dict]:
-    """What was tried last and in vain, and then the other candidates. What was tried before it stands in the history: where
-    up to four were listed, the policy's own lists went on to the token limit (at 40 of 634 steps)."""
+    """What was tried last and in vain, and then those candidates that are possible.
+
+    Listing what is not possible teaches to list it. Where all that was tried came first, up to four, the policy's lists went
+    on to the token limit (at 40 of 634 steps); where other impossible candidates came after the last, it listed the refused
+    action a second time, as one that leads on, and took it (at 93 % of its steps after the second refusal).
+    """
     if not tried:
         return ranked
     others = {normalise(candidate["action"]): candidate for candidate in ranked}
     last = {"action": tried[-1]["action"], "critique": f"{REFUSED}.", "verdict": REFUSED}
-    return [others.pop(normalise(last["action"]), last), *others.values()]
+    return [others.pop(normalise(last["action"]), last),
+            *(candidate for candidate in others.values() if candidate["verdict"] != REFUSED)]
 
 
 def by_preference(compared: list[dict], row: dict, choice: str, seed: int, choice_first: bool) -> list[dict]:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import common
-from common import (REASON, Output, UserError, fill_dialogue, is_deliberation, listed_candidates, literally,
+from common import (REASON, REFUSED, Output, UserError, fill_dialogue, is_deliberation, listed_candidates, literally,
                     retry_sampling)
 from stage3_critique import check_critique, critique_form, critique_prompt, verdict
 from stage4_synthesize import (by_verdicts, check_deliberation, deliberation_form, deliberation_prompt, plan_proposals,
@@ -231,7 +231,7 @@ def test_with_the_choice_first_only_the_others_come_in_their_order(count):
         assert candidates_in_order(verdicts, {"e": count, "x": 2, "y": 3}, choice_first=True) == ["e", "y", "x"]
 
 
-def test_what_was_refused_is_tried_before_the_deliberation_and_begins_its_list():
+def test_what_was_refused_is_tried_before_the_deliberation_whose_list_goes_on_with_what_is_possible():
     played = {"go to drawer 3": ["go to drawer 3"], "wait": ["wait", "fly"], "hop": ["hop"],
               "fly": ["fly", "run", "fly"]}
     said = {"fly": "Nothing happens.", "run": "Nothing happens.", "hop": "Nothing happens."}
@@ -241,7 +241,8 @@ def test_what_was_refused_is_tried_before_the_deliberation_and_begins_its_list()
                 for first, names in played.items()]
     actions = [{"action": name, "thought": "t", "count": 1} for name in played]
     row = {"key": "a/step3", "step": 3, "flagged": True, "actions": actions}
-    critiques = {"a/step3": [action | {"critique": "Fine."} for action in actions]}
+    critiques = {"a/step3": [action | {"critique": "Judged.", "verdict": REFUSED if action["action"] in said else "Fine"}
+                             for action in actions]}
     seen = {}
     for seed in range(40):
         (item,) = plan_steps(TRAJECTORY, [row], critiques, seed, attempts=refused_attempts(rollouts, seed))
@@ -249,8 +250,9 @@ def test_what_was_refused_is_tried_before_the_deliberation_and_begins_its_list()
         assert thought.endswith("\n\nI choose to go to drawer 3.")  # and no thought that wants what was refused
     assert set(seen) == {("fly",), ("fly", "run"), ("fly", "run", "fly"), ("hop",)}
     assert seen["fly", "run"].startswith("- run: This is not possible here and only wastes a turn.\n- ")
-    assert sorted(listed_candidates(seen["fly", "run"])) == ["fly", "go to drawer 3", "hop", "run", "wait"]
-    assert seen["fly", "run", "fly"].startswith("- fly: Fine.\n- ") and "run" not in seen["fly", "run", "fly"]
+    assert seen["fly", "run", "fly"].startswith("- fly: Judged.\n- ")
+    for tried, thought in seen.items():
+        assert sorted(listed_candidates(thought)) == sorted(["go to drawer 3", "wait", tried[-1]])
 
 
 def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():
