@@ -113,7 +113,8 @@ RECOVER ?=#               e.g. 4: where a sample is refused, the policy tries on
 #                         goes on from there
 ITER ?= 1#                the iteration of `make iter`
 TEMPERATURE ?= 1.0#       of sampling and rollouts
-EXPLORE ?=#               stages 1 and 2 go through so many of the experts only; empty: all
+EXPLORE ?=#               stages 1 and 2 go through so many of the experts only, each iteration first through those that
+#                         do not deliberate yet; empty: all
 EXTRA_TURNS ?=#           a rollout ends so many turns after the expert would have been done; empty: at the turn limit
 SEED ?= 0
 K ?= 5#                   tries a task of `make baselines`

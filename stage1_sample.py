@@ -28,10 +28,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trajectories", required=True, metavar="JSONL", help="expert trajectories, D_exp")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--n-samples", type=int, default=5, help="N, sampled actions a step; default: %(default)s")
-    parser.add_argument("--explore", type=int, metavar="K", help="sample along the first K trajectories only, the others will "
-                        "keep their thoughts: rollouts are the longest part of an iteration; default: all")
+    parser.add_argument("--explore", type=int, metavar="K", help="sample along K trajectories only, those first that do not "
+                        "deliberate yet, and leave the others as they are: rollouts are the longest part of an iteration; "
+                        "default: all")
     add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
     return parser.parse_args()
+
+
+def to_explore(trajectories: list[dict], count: int | None) -> list[dict]:
+    """So many trajectories, those first that do not deliberate yet, so that each iteration goes on where the last one
+    stopped; all of them for None."""
+    if count is None:
+        return trajectories
+    return sorted(trajectories, key=lambda row: any(step.get("deliberated") for step in row["steps"]))[:count]
 
 
 def distinct_actions(step: dict, samples: list[dict]) -> list[dict]:
@@ -67,7 +76,7 @@ def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> 
 def main() -> None:
     args = parse_arguments()
     started = time.time()
-    trajectories = read_rows(args.trajectories, TRAJECTORY)[:args.explore]
+    trajectories = to_explore(read_rows(args.trajectories, TRAJECTORY), args.explore)
     steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
     inputs = [args.trajectories, args.model, prompt_path(trajectories[0]["env"])]
     with StageOutput(args.out, settings_of(args), inputs) as output:

@@ -6,7 +6,7 @@ import pytest
 
 import common
 from common import (TRAJECTORY, StageOutput, UserError, fill_prompt, is_deliberation, normalise, parse_turn, read_rows)
-from stage1_sample import distinct_actions, is_flagged
+from stage1_sample import distinct_actions, is_flagged, to_explore
 from stage4_synthesize import switch_expert
 
 ROW = {"key": "a", "env": "scienceworld", "task": "a", "split": "train", "instruction": "do it", "reward": 1.0,
@@ -81,6 +81,15 @@ def test_a_step_is_flagged_when_samples_differ_or_are_invalid():
     assert is_flagged(distinct_actions(expert, invalid), invalid)
     assert [(a["action"], a["source"], a["count"]) for a in distinct_actions(expert, other)] == [
         ("look around", "expert", 3), ("focus on bee", "sample", 1)]
+
+
+def test_each_iteration_explores_first_what_does_not_deliberate_yet():
+    plain, deliberating = {"action": "look"}, {"action": "look", "deliberated": True}
+    one, two, three = ({"key": str(n), "steps": steps} for n, steps in
+                       enumerate([[plain, deliberating], [plain, {"action": "look", "deliberated": False}], [plain]]))
+    assert to_explore([one, two, three], 2) == [two, three]
+    assert to_explore([one, two, three], 9) == [two, three, one]
+    assert to_explore([one, two, three], None) == [one, two, three]
 
 
 def test_a_deliberation_lists_two_candidates_with_judgements():
