@@ -117,8 +117,8 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"], "action": action,
-             "candidates": tried_first(tried, by_preference(compared, row, action, seed, choice_first)), "tried": tried,
-             "sampled": row["actions"]}
+             "candidates": tried_first(tried, by_preference(compared, row, action, seed, choice_first), action),
+             "tried": tried, "sampled": row["actions"]}
             for row in candidates if row["flagged"] and row["step"] <= last
             for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1
             for action in [trajectory["steps"][row["step"] - 1]["action"]]
@@ -126,19 +126,19 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
                            if normalise(step["action"]) not in ("", normalise(action))]]]
 
 
-def tried_first(tried: list[dict], ranked: list[dict]) -> list[dict]:
-    """What was tried last and in vain, and then those candidates that are possible.
+def tried_first(tried: list[dict], ranked: list[dict], choice: str) -> list[dict]:
+    """What was tried last and in vain, and then those candidates that are possible, the choice among them in any case.
 
     Listing what is not possible teaches to list it. Where all that was tried came first, up to four, the policy's lists went
     on to the token limit (at 40 of 634 steps); where other impossible candidates came after the last, it listed the refused
-    action a second time, as one that leads on, and took it (at 93 % of its steps after the second refusal).
+    action a second time, as one that leads on (97 % of what it did after a second refusal had been refused before).
     """
     if not tried:
         return ranked
     others = {normalise(candidate["action"]): candidate for candidate in ranked}
     last = {"action": tried[-1]["action"], "critique": f"{REFUSED}.", "verdict": REFUSED}
     return [others.pop(normalise(last["action"]), last),
-            *(candidate for candidate in others.values() if candidate["verdict"] != REFUSED)]
+            *(row for action, row in others.items() if row["verdict"] != REFUSED or action == normalise(choice))]
 
 
 def by_preference(compared: list[dict], row: dict, choice: str, seed: int, choice_first: bool) -> list[dict]:

@@ -250,6 +250,10 @@ def test_what_was_refused_is_tried_before_the_deliberation_whose_list_goes_on_wi
         assert thought.endswith("\n\nI choose to go to drawer 3.")  # and no thought that wants what was refused
     assert set(seen) == {("fly",), ("fly", "run"), ("fly", "run", "fly"), ("hop",)}
     assert seen["fly", "run"].startswith("- run: This is not possible here and only wastes a turn.\n- ")
+    rollouts[0]["valid"] = False
+    critiques["a/step3"][0]["verdict"] = REFUSED  # a published expert may be refused as well
+    (item,) = plan_steps(TRAJECTORY, [row], critiques, 0, attempts=refused_attempts(rollouts, 0))
+    assert "- go to drawer 3: Judged.\n" in by_verdicts(item)
     assert seen["fly", "run", "fly"].startswith("- fly: Judged.\n- ")
     for tried, thought in seen.items():
         assert sorted(listed_candidates(thought)) == sorted(["go to drawer 3", "wait", tried[-1]])
