@@ -497,7 +497,7 @@ def share(part: int, whole: int) -> str:
 NO_ACTION = 'No action found. Answer with "Action: " followed by your next action.'
 ACTION_LINE = re.compile(r"^[ \t]*Action:[ \t]*(\S.*)$", re.MULTILINE)
 BULLET = re.compile(r"^(?:Thought: )?- +(\S[^\n]*?): +\S", re.MULTILINE)
-TURN = ("thought", "action", "text", "tokens")  # the fields of a step that are the agent's
+TURN = ("thought", "action", "text", "tokens", "tried")  # the fields of a step that are the agent's
 LONGEST_SHOWN = 1000  # characters of an observation in the base model's prompts
 LONGEST_ACTION = 200  # characters; no action of either environment comes near
 

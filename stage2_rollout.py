@@ -26,8 +26,8 @@ import math
 import time
 
 from common import (CANDIDATES, TRAJECTORY, EnvironmentPool, Episode, StageOutput, UserError, add_engine_options,
-                    agent_turn, check_model, duration, failure, failures_last, is_valid, make_engine, normalise, play,
-                    progress, read_rows, run_stage, settings_of, share, turn_inputs, turn_sampling)
+                    check_model, duration, failure, failures_last, is_valid, make_engine, normalise, play, progress,
+                    read_rows, run_stage, settings_of, share, turn_inputs, turn_sampling, turns_of)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,7 +72,7 @@ def branch(key: str, candidate: dict, action: dict, trajectory: dict, extra_turn
 def determined_by(candidate: dict, action: dict, trajectory: dict) -> tuple:
     """What a rollout depends on: the task, h_{t-1} and a^_t. Several experts of one task share their first steps."""
     prefix = trajectory["steps"][:candidate["step"] - 1]
-    return trajectory["task"], *map(agent_turn, prefix), normalise(action["action"])
+    return trajectory["task"], *turns_of(prefix), normalise(action["action"])
 
 
 def rollout_row(key: str, candidate: dict, action: dict, steps: list[dict], reward: float,

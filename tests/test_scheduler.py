@@ -153,6 +153,19 @@ def test_a_refused_rollout_ends_when_an_action_is_accepted(games):
     assert [step["action"] for step in row["steps"]] == ["fly to moon 1"] and not row["valid"]
 
 
+def test_a_rollout_begins_with_the_history_that_its_action_was_sampled_after(games):
+    """What an earlier iteration shows as tried is in it, and is not done again."""
+    tried = {"thought": "Up!", "action": "fly to moon 1", "observation": "Nothing happens."}
+    trajectory = {"task": games[0], "steps": [{"thought": "", "action": "inventory", "tried": [tried]}] * 2}
+    episode = stage2_rollout.branch("k", {"step": 2}, {"thought": "", "action": "look"}, trajectory, None, 1)
+    policy = Scripted(["look"])
+    with EnvironmentPool("alfworld", 1) as pool:
+        list(play([episode], policy, pool, {}, 0, 3))
+    assert policy.prompts[0][1:4] == ["Thought: Up!\nAction: fly to moon 1", "Observation: Nothing happens.",
+                                      "Action: inventory"]
+    assert [step["action"] for step in episode.steps] == ["inventory", "look", "look"]
+
+
 @pytest.mark.parametrize("step, gained", [(1, 0.25), (2, 0.0), (3, 0.5)])
 def test_a_rollout_says_what_its_action_itself_gained(step, gained):
     steps = [STEP | {"reward": reward} for reward in (0.25, 0.25, 0.75)]
