@@ -36,11 +36,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def to_explore(trajectories: list[dict], count: int | None) -> list[dict]:
-    """So many trajectories, those first that do not deliberate yet, so that each iteration goes on where the last one
-    stopped; all of them for None."""
+    """So many trajectories, those first in which stage 4 has rewritten no thought yet, so that each iteration goes on where
+    the last one stopped; all of them for None."""
     if count is None:
         return trajectories
-    return sorted(trajectories, key=lambda row: any(step.get("deliberated") for step in row["steps"]))[:count]
+    return sorted(trajectories, key=lambda row: any("plain" in step for step in row["steps"]))[:count]
 
 
 def distinct_actions(step: dict, samples: list[dict]) -> list[dict]:

@@ -33,9 +33,9 @@ from collections.abc import Callable
 
 from common import (CANDIDATES, CRITIQUE, GUIDED, REASON, REFUSED, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError,
                     add_engine_options, check_model, copies, duration, failure, failures_last, fill_dialogue,
-                    first_sentences, generate_checked, is_cut_off, leak_in, listed_candidates, literally,
-                    make_engine, normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, retry_sampling,
-                    run_stage, settings_of, share, stable_seed, steps_text)
+                    first_sentences, generate_checked, is_cut_off, is_deliberation, is_valid, leak_in,
+                    listed_candidates, literally, make_engine, normalise, parse_turn, progress, prompt_path, read_rows,
+                    repeats_itself, retry_sampling, run_stage, settings_of, share, stable_seed, steps_text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,8 +79,9 @@ def switch_expert(trajectory: dict, rollouts: list[dict]) -> dict:
         return trajectory
     first = min(step_of(row["candidate"]) for row in better)
     best = max((row for row in better if step_of(row["candidate"]) == first), key=lambda row: row["reward"])
-    # An output without an action changed nothing; it is not to be learnt.
-    continuation = [step | {"deliberated": False} for step in best["steps"] if step["action"]]
+    # What was refused changed nothing and is not to be learnt; a policy of a later iteration deliberates by itself.
+    continuation = [step | {"deliberated": is_deliberation(step["thought"]), "plain": purpose(step["thought"], step["action"])}
+                    for step in best["steps"] if is_valid(step["observation"])]
     return trajectory | {"steps": trajectory["steps"][:first - 1] + continuation, "reward": best["reward"],
                          "switched": {"step": first, "rollout": best["key"], "expert_reward": trajectory["reward"]}}
 
@@ -293,7 +294,8 @@ def main() -> None:
             if step["flagged"] and judged != needed:
                 raise UserError(f"{args.critiques}: '{step['key']}' needs {len(needed)} critiques and has {len(judged)}, or "
                                 f"those of other actions than {args.candidates} has; run stages 2 and 3 again")
-        items = (plan_proposals(row) if args.propose
+        # Verdicts measure by the expert that a switch has just given up; the next iteration's measure by the new one.
+        items = (plan_proposals(row) if args.propose else [] if args.guided and "switched" in row
                  else plan_steps(row, candidates.get(row["key"], []), critiques, args.seed, args.choice_first,
                                  refused_attempts(rollouts.get(row["key"], []), args.seed)
                                  if args.recover or args.recover_only else None))

@@ -83,10 +83,10 @@ def test_a_step_is_flagged_when_samples_differ_or_are_invalid():
         ("look around", "expert", 3), ("focus on bee", "sample", 1)]
 
 
-def test_each_iteration_explores_first_what_does_not_deliberate_yet():
-    plain, deliberating = {"action": "look"}, {"action": "look", "deliberated": True}
+def test_each_iteration_explores_first_what_no_iteration_has_changed_yet():
+    expert, rewritten = {"action": "look"}, {"action": "look", "deliberated": False, "plain": "I look."}
     one, two, three = ({"key": str(n), "steps": steps} for n, steps in
-                       enumerate([[plain, deliberating], [plain, {"action": "look", "deliberated": False}], [plain]]))
+                       enumerate([[expert, rewritten], [expert, {"action": "look", "deliberated": False}], [expert]]))
     assert to_explore([one, two, three], 2) == [two, three]
     assert to_explore([one, two, three], 9) == [two, three, one]
     assert to_explore([one, two, three], None) == [one, two, three]
@@ -99,12 +99,14 @@ def test_a_deliberation_lists_two_candidates_with_judgements():
 
 
 def test_a_better_rollout_replaces_the_rest_of_the_trajectory():
-    step = {"thought": "", "action": "b", "observation": "o"}
+    deliberation = "- a: wastes time.\n- b: leads on.\n\nI choose to b. It is near."
+    step = {"thought": deliberation, "action": "b", "observation": "o"}
     row = ROW | {"reward": 0.5, "steps": [ROW["steps"][0]] * 3}
     rollout = {"key": "a/step2/1", "candidate": "a/step2", "reward": 1.0, "end": "success",
-               "steps": [step]}
+               "steps": [step | {"action": "fly", "observation": "Nothing happens."}, step]}
     switched = switch_expert(row, [rollout, rollout | {"candidate": "a/step3"}])
     assert [s["action"] for s in switched["steps"]] == ["look around", "b"]
+    assert (switched["steps"][1]["deliberated"], switched["steps"][1]["plain"]) == (True, "It is near.")
     assert switched["reward"] == 1.0 and switched["switched"]["rollout"] == "a/step2/1"
     assert switch_expert(row, [rollout | {"reward": 0.5}]) is row
 

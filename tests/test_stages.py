@@ -81,6 +81,16 @@ def test_what_the_environment_refused_can_be_shown_as_tried(script, tmp_path):
     assert step["thought"].startswith("- wait: Fine.\n- look around: Fine.") and "1 go on from a refusal" in done.stdout
 
 
+def test_verdicts_measured_by_an_expert_that_a_switch_gives_up_are_not_used(script, tmp_path):
+    files = judged(tmp_path, "wait")
+    for reward, is_switched in (1.0, False), (0.0, True):
+        write(tmp_path / "expert.jsonl", ROW | {"reward": reward})
+        done = script("stage4_synthesize.py", *SAMPLE[1:], *files, "--guided", "verdicts", "--expert-switch")
+        assert done.returncode == 0, done.stderr
+        row = json.loads((tmp_path / "out.jsonl").read_text())
+        assert ("switched" in row, row["steps"][0]["deliberated"]) == (is_switched, not is_switched)
+
+
 def test_a_broken_line_is_named(refuses, tmp_path):
     write(tmp_path / "expert.jsonl", ROW, '{"key": \n')
     assert "expert.jsonl:2: not valid JSON" in refuses(*SAMPLE)
