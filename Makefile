@@ -61,21 +61,18 @@ MAX_TOKENS ?= 384
 TEMPERATURE ?= 0.5
 EXTRA_TURNS ?= 4
 MASK_REJECTED ?= 1
+RECOVER ?= 4
+# So many tasks that one epoch will do, after which the policy still makes mistakes on them to learn from.
+TASKS ?= 240
+EPOCHS ?= 1
+EXPLORE ?= 100
 ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30 and dozens of training tasks, without grow-plant, where only every other gold
 # path is that short.
 TYPES ?= find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
-TASKS ?= 120
 TEST_TASKS ?= 70
-EPOCHS ?= 2
-FOLDS ?= 2
 else
-# There are so many games that one epoch will do, after which the policy still makes mistakes on them.
-TASKS ?= 240
 TEST_TASKS ?= 60
-EPOCHS ?= 1
-EXPLORE ?= 100
-RECOVER ?= 4
 endif
 else ifeq ($(PROFILE),paper)
 MODEL ?= meta-llama/Llama-3.1-8B-Instruct
@@ -99,11 +96,6 @@ GUIDED ?= no#             for small base models. reasons: verdicts come from the
 #                         reasons; verdicts: no model is asked, reasons are the old thoughts
 ifeq ($(filter no reasons verdicts,$(GUIDED)),)
 $(error GUIDED is '$(GUIDED)'; it can be no, reasons or verdicts)
-endif
-FOLDS ?=#                 for models that learn their experts by heart and then find no mistakes there: iteration 1 samples
-#                         and rolls out every fold of the experts with a policy finetuned on the others, e.g. 2
-ifeq ($(strip $(FOLDS)),1)
-$(error FOLDS is 1; it can be empty, for none, or 2 and more)
 endif
 ifneq ($(filter 0,$(EXPLORE) $(RECOVER)),)
 $(error EXPLORE and RECOVER can be empty, for all and for none, or 1 and more)
@@ -148,7 +140,7 @@ iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-u
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXPLORE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED FOLDS MASK_REJECTED RECOVER EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXPLORE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED MASK_REJECTED RECOVER EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -205,7 +197,6 @@ REFUSALS = $(if $(filter recover-only,$(VARIANT)),--recover-only,$(if $(strip $(
 SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH) $(REFUSALS))$(if $(filter choice-first,$(VARIANT)), --choice-first))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/folds,$(FOLDS)))
 $(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
@@ -220,16 +211,12 @@ $(eval $(call remember,$(R)/.uses/evaluate,$(EVAL_OPTIONS)))
 evals = $(foreach f,$1,$f/eval-seen.jsonl $f/eval-unseen.jsonl)
 
 # ---- Stage 0: expert trajectories, SFT ----
-# $(call sft,FOLDER,TRAJECTORIES)
-define sft
-$1/model/config.json: $2 stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
-	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $$< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $$(@D)
-endef
 ifeq ($(filter iter,$(MAKECMDGOALS)),)
 $(R)/expert.jsonl: stage0_sft.py common.py $(TASK_TABLE) $(strip $(PUBLISHED)) $(R)/.uses/expert | $(READY)
 	$(PYTHON) stage0_sft.py expert $(EXPERT_OPTIONS) --out $@
 
-$(eval $(call sft,$(R)/iter0,$(R)/expert.jsonl))
+$(R)/iter0/model/config.json: $(R)/expert.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
+	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $(@D)
 
 $(call evals,$(R)/base) &: evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
 	$(PYTHON) evaluate.py run --model $(MODEL) $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
@@ -248,23 +235,11 @@ rollouts = $(call shared,$1)/rollouts.jsonl
 sampled = $(if $(filter no-sas,$(VARIANT)),,$(call candidates,$1))
 judged = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1) $(call folder,$1)/critiques.jsonl)
 
-# A fold of the experts, and the others, for a policy that does not know it.
-folds := $(if $(strip $(FOLDS)),$(shell seq $(FOLDS)))
-define fold
-$(R)/fold$1/expert.jsonl: $(R)/expert.jsonl $(R)/.uses/folds
-	@mkdir -p $$(@D)
-	awk -v n=$$$$(wc -l < $$<) 'int((NR - 1) * $(FOLDS) / n) == $1 - 1' $$< > $$@.tmp && mv $$@.tmp $$@
-$(R)/fold$1/others.jsonl: $(foreach f,$(filter-out $1,$(folds)),$(R)/fold$f/expert.jsonl)
-	cat $$^ > $$@.tmp && mv $$@.tmp $$@
-endef
-# $(call sampling,FOLDER,TRAJECTORIES,POLICY): stages 1 and 2.
-define sampling
-$1/candidates.jsonl: $2 $3/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
-	$(PYTHON) stage1_sample.py --model $3 --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
-$1/rollouts.jsonl: $1/candidates.jsonl stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
-	$(PYTHON) stage2_rollout.py --model $3 --trajectories $2 --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
-endef
 define iteration
+$(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
+	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
+$(call rollouts,$1): $(call candidates,$1) stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
+	$(PYTHON) stage2_rollout.py --model $(call policy,$1) --trajectories $(call experts,$1) --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/critiques.jsonl: $(call rollouts,$1) stage3_critique.py common.py prompts/critique.txt $(I)/.uses/critique | $(call packaged,$(JUDGE))
 	$(PYTHON) stage3_critique.py --trajectories $(call experts,$1) --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
 $(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(call packaged,$(JUDGE))
@@ -285,13 +260,6 @@ endef
 # `make iter ITER=k` takes the earlier iterations as they are, even if they are stale; `make all` makes them.
 ITERATIONS := $(if $(filter iter,$(MAKECMDGOALS)),$(ITER),$(shell seq $(ITERS)))
 $(foreach k,$(ITERATIONS),$(eval $(call iteration,$(strip $k))))
-$(foreach k,$(if $(folds),$(filter-out 1,$(ITERATIONS)),$(ITERATIONS)),$(eval $(call sampling,$(call shared,$k),$(call experts,$k),$(call policy,$k))))
-ifneq ($(and $(folds),$(filter 1,$(ITERATIONS))),)
-$(foreach f,$(folds),$(eval $(call fold,$f))$(eval $(call sft,$(R)/fold$f,$(R)/fold$f/others.jsonl))$(eval $(call sampling,$(R)/fold$f,$(R)/fold$f/expert.jsonl,$(R)/fold$f/model)))
-$(R)/iter1/candidates.jsonl $(R)/iter1/rollouts.jsonl: $(R)/iter1/%: $(foreach f,$(folds),$(R)/fold$f/%)
-	@mkdir -p $(@D)
-	cat $^ > $@.tmp && mv $@.tmp $@
-endif
 $(foreach k,$(if $(filter iter,$(MAKECMDGOALS)),$(ITER),0 $(ITERATIONS)),$(eval $(call evaluation,$(strip $k))))
 ifneq ($(filter iter,$(MAKECMDGOALS)),)
 MISSING := $(foreach file,$(call experts,$(ITER)) $(call policy,$(ITER))/config.json,$(if $(wildcard $(file)),,$(file)))
@@ -326,8 +294,8 @@ $(call evals,$(R)/iter0/best-of-$(strip $(K))) &: $(R)/iter0/model/config.json e
 	$(PYTHON) evaluate.py run --model $(R)/iter0/model --best-of $(strip $(K)) --temperature 1 $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
 
 # Outputs appear whole or not at all, so make need not delete any when it is stopped just as a stage ends.
-FOLDERS = $(R) $(folds:%=$(R)/fold%) $(R)/base $(R)/base-example $(R)/iter0/best-of-$(strip $(K)) $(AT_ONCE) $(foreach k,0 $(ITERATIONS),$(call folder,$k) $(call shared,$k))
-.PRECIOUS: $(foreach f,$(sort $(FOLDERS)),$(addprefix $f/,expert.jsonl others.jsonl candidates.jsonl rollouts.jsonl critiques.jsonl deliberations.jsonl model/config.json)) $(call evals,$(sort $(FOLDERS)))
+FOLDERS = $(R) $(R)/base $(R)/base-example $(R)/iter0/best-of-$(strip $(K)) $(AT_ONCE) $(foreach k,0 $(ITERATIONS),$(call folder,$k) $(call shared,$k))
+.PRECIOUS: $(foreach f,$(sort $(FOLDERS)),$(addprefix $f/,expert.jsonl candidates.jsonl rollouts.jsonl critiques.jsonl deliberations.jsonl model/config.json)) $(call evals,$(sort $(FOLDERS)))
 
 # Whatever else was evaluated in this run: baselines, variants.
 EVALUATIONS = $(wildcard $(R)/*/eval-*.jsonl $(R)/*/*/eval-*.jsonl)

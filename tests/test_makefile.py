@@ -124,7 +124,6 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("TEST_TASKS=2", ["evaluate run"] * 3),
     ("TASKS=3", ["stage0_sft expert", "stage0_sft train", "evaluate run", *ITERATION]),
     ("CRITIC=some/other", ITERATION[2:]),
-    ("FOLDS=2", ["stage0_sft train", "stage0_sft train", "stage1_sample", "stage2_rollout", *ITERATION]),
     ("GUIDED=verdicts", ITERATION[2:]),
     ("MASK_REJECTED=1", ITERATION[4:]),
     ("RECOVER=2", ITERATION[1:]),
@@ -193,7 +192,7 @@ def test_make_stopped_just_as_a_stage_ends_keeps_what_it_made(tmp_path):
     wrote = project.folder / "stand-in.wrote"
     (project.folder / "stand-in").write_text(STAND_IN)
     (project.folder / "stand-in").chmod(0o755)
-    stand_in = ("ITERS=2", "FOLDS=2", "PYTHON=./stand-in")
+    stand_in = ("ITERS=2", "PYTHON=./stand-in")
     for arguments in (("all",), ("baselines",), ("all", "VARIANT=more-sft"), ("all", "VARIANT=no-reasons")):
         status, _, stderr = project.make(*arguments, *stand_in)
         assert status == 0, stderr
@@ -255,24 +254,6 @@ def test_the_control_goes_on_from_sft_with_the_expert_data_as_long_as_sand_did(p
     assert second == ("runs/t/more-sft/iter1/model", "runs/t/expert.jsonl", "runs/t/iter2/model")
     status, stdout, _ = project.make("runs/t/iter2/model/config.json", "VARIANT=more-sft", "ITERS=2")
     assert status == 2 and "there is no runs/t/iter2/model/config.json; make it first, without VARIANT" in stdout
-
-
-def test_every_fold_is_sampled_with_a_policy_that_was_finetuned_on_the_others(project):
-    parts = [f"runs/t/fold{n}/{name}.jsonl" for name in ("expert", "others") for n in (1, 2)]
-    assert project.make(*parts, "FOLDS=2")[0] == 0
-    experts = project.rows("expert.jsonl")
-    first, second = project.rows("fold1/expert.jsonl"), project.rows("fold2/expert.jsonl")
-    assert first and second and first + second == experts
-    assert project.rows("fold1/others.jsonl") == second and project.rows("fold2/others.jsonl") == first
-
-    _, stdout, _ = project.make("-n", "all", "FOLDS=2", "ITERS=2")
-    assert re.findall(r"train .*--data runs/t/fold(.)/others\.jsonl .*--out runs/t/fold(.)/model", stdout) == [
-        ("1", "1"), ("2", "2")]
-    assert re.findall(r"stage1_sample\.py --model (\S+) --trajectories (\S+)", stdout) == [
-        ("runs/t/fold1/model", "runs/t/fold1/expert.jsonl"), ("runs/t/fold2/model", "runs/t/fold2/expert.jsonl"),
-        ("runs/t/iter1/model", "runs/t/iter1/deliberations.jsonl")]
-    for name in ("candidates", "rollouts"):
-        assert f"cat runs/t/fold1/{name}.jsonl runs/t/fold2/{name}.jsonl > runs/t/iter1/{name}.jsonl" in stdout
 
 
 def test_a_study_is_the_run_its_control_and_its_ablations(project):
