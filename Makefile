@@ -65,7 +65,6 @@ RECOVER ?= 4
 # So many tasks that one epoch will do, after which the policy still makes mistakes on them to learn from.
 TASKS ?= 240
 EPOCHS ?= 1
-EXPLORE ?= 100
 ifeq ($(ENV),scienceworld)
 # The types with a turn limit of at most 30 and dozens of training tasks, without grow-plant, where only every other gold
 # path is that short.
@@ -73,6 +72,8 @@ TYPES ?= find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan
 TEST_TASKS ?= 70
 else
 TEST_TASKS ?= 60
+# Almost every other step is flagged here and its rollouts are long; in ScienceWorld it is every fourth.
+EXPLORE ?= 100
 endif
 else ifeq ($(PROFILE),paper)
 MODEL ?= meta-llama/Llama-3.1-8B-Instruct
