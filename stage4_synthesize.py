@@ -114,7 +114,8 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     policy can learn, and no arbitrary one of several. With choice_first it comes before all of them: is it the wrong
     actions listed before the choice that a policy suffers from? What was tried last before the step comes first of all.
 
-    A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
+    A step that differs from the one the candidates were sampled at, after a switch, keeps its thought. What repeats itself
+    without end was no attempt and is not shown as one.
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"], "action": action,
@@ -124,7 +125,8 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
             for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1
             for action in [trajectory["steps"][row["step"] - 1]["action"]]
             for tried in [[step for step in (attempts or {}).get(row["key"], [])
-                           if normalise(step["action"]) not in ("", normalise(action))]]]
+                           if normalise(step["action"]) not in ("", normalise(action))
+                           and not repeats_itself(step["action"])]]]
 
 
 def tried_first(tried: list[dict], ranked: list[dict], choice: str) -> list[dict]:
