@@ -95,6 +95,24 @@ def test_every_request_is_answered_once_under_its_name(engine):
     assert sorted(names) == list(range(20))
 
 
+def test_in_a_busy_engine_every_token_is_still_the_models_own_choice(engine):
+    """Batches, cached prefixes and a GPU's kernels round sums another way, which must not change what the model says: as
+    transformers sees it, no token that greedy decoding took is worse than the best one by more than rounding."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    dialogues = {number: [f"Name {number} things that one may find in a kitchen."] for number in range(2, 10)}
+    for place in "the fridge", "the drawer", "the sink":
+        requests = [(number, turns, GREEDY | {"max_tokens": 24}) for number, turns in dialogues.items()]
+        for number, (output,) in generate(engine, requests, max_live=5):
+            prompt = engine.format.encode(dialogues[number])
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + output.ids])).logits[0, len(prompt) - 1:-1]
+            lost = logits.max(-1).values - logits.gather(-1, torch.tensor(output.ids)[:, None])[:, 0]
+            assert lost.max() < 1, f"{output.text!r} is not what the model would say"
+            dialogues[number] = [*dialogues[number], output.text, f"Which of them are in {place}?"]
+
+
 def test_a_refused_output_is_tried_again_and_then_given_up_with_its_reasons(engine):
     def check(item, output):
         return output.text, None if item["key"] == "good" or item["tries"].append(1) else "not good"
