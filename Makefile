@@ -66,13 +66,13 @@ RECOVER ?= 4
 TASKS ?= 240
 EPOCHS ?= 1
 ifeq ($(ENV),scienceworld)
-# The types with a turn limit of at most 30 and dozens of training tasks, without grow-plant, where only every other gold
-# path is that short.
-TYPES ?= find-animal,find-living-thing,find-non-living-thing,find-plant,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
-TEST_TASKS ?= 70
+# All types with a turn limit of at most 30.
+TYPES ?= chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color,find-animal,find-living-thing,find-non-living-thing,find-plant,grow-plant,identify-life-stages-1,identify-life-stages-2,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,power-component,power-component-renewable-vs-nonrenewable-energy,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
+TEST_TASKS ?= 85
 else
 TEST_TASKS ?= 60
-# Almost every other step is flagged here and its rollouts are long; in ScienceWorld it is every fourth.
+# Almost every other step is flagged here and its rollouts are long. It costs nothing where only what to do after a refusal
+# is to be learnt; in ScienceWorld, where other steps count too, the unexplored experts teach not to deliberate at them.
 EXPLORE ?= 100
 endif
 else ifeq ($(PROFILE),paper)
