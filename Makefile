@@ -71,8 +71,7 @@ TYPES ?= chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color,
 TEST_TASKS ?= 85
 else
 TEST_TASKS ?= 60
-# Almost every other step is flagged here and its rollouts are long. It costs nothing where only what to do after a refusal
-# is to be learnt; in ScienceWorld, where other steps count too, the unexplored experts teach not to deliberate at them.
+# Almost every other step is flagged here and its rollouts are long. In ScienceWorld SAND-1 lost to its control with a hundred.
 EXPLORE ?= 100
 endif
 else ifeq ($(PROFILE),paper)
