@@ -71,7 +71,7 @@ TYPES ?= chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color,
 TEST_TASKS ?= 85
 else
 TEST_TASKS ?= 60
-# Almost every other step is flagged here and its rollouts are long. In ScienceWorld SAND-1 lost to its control with a hundred.
+# Almost every other step is flagged here and its rollouts are long.
 EXPLORE ?= 100
 endif
 else ifeq ($(PROFILE),paper)
