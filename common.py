@@ -661,11 +661,16 @@ def repeats_itself(text: str) -> bool:
 ENVIRONMENTS = ("scienceworld", "alfworld")
 SPLITS = ("train", "seen", "unseen")
 REFUSALS = ("No known action matches that input.", "Nothing happens.", NO_ACTION)
+# ScienceWorld understands more than it does: these are its one-line answers to an action whose conditions are not met.
+UNMET = re.compile(r"(?:Unknown action\.|I'm not sure |It'?s not clear how |You can't |You must disconnect |Something can't be |"
+                   r"Connections must specify |That (?:can't be|object|container is empty|is) |There is only one thing |"
+                   r"The door doesn't |.+ (?:is already|is not|isn't|aren't able|can't be|does not contain|appears broken|"
+                   r"is empty,) ).*")
 
 
 def is_valid(observation: str) -> bool:
-    """Whether the environment understood and accepted the action that it answered with `observation`."""
-    return not observation.startswith(REFUSALS)
+    """Whether the environment understood the action that it answered with `observation`, and did it."""
+    return not (observation.startswith(REFUSALS) or UNMET.fullmatch(observation))
 
 
 @functools.cache

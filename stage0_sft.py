@@ -56,11 +56,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def scienceworld_expert(env: ScienceWorld, task: str, max_turns: int | None, seed: int) -> dict | None:
     """The simulator's gold path in its shortest form that still reaches the full score within the turn limit, with things
-    called by the names that the agent has seen, where the simulator knows these."""
+    called by the names that the agent has seen, where the simulator knows these. It opens and activates what already is, and
+    pours a bowl into itself: what it is refused is left out."""
     env.load(task, gold_path=True)
     gold = env.gold_path()
     for actions in (teleporting(gold), gold):  # some tasks need the time that walking spends
-        trajectory = replay(env, task, [("", action) for action in actions], max_turns, drop=is_idle)
+        trajectory = replay(env, task, [("", action) for action in actions], max_turns, drop_refused=True)
         if trajectory["reward"] >= 0.999:
             renamed = replay(env, task, [("", action) for action in named_as_seen(env, trajectory)], max_turns)
             trajectory = max(renamed, trajectory, key=lambda row: row["reward"])
@@ -120,12 +121,6 @@ def with_seen_names(action: str, seen: str) -> Iterator[str]:
     changed = {place for place in range(0, len(parts), 2) if forms[place] != parts[place]}
     for chosen in [changed] * (len(changed) > 1) + [{place} for place in sorted(changed)]:
         yield "".join(forms[place] if place in chosen else part for place, part in enumerate(parts))
-
-
-def is_idle(action: str, observation: str) -> bool:
-    """What changes nothing: opening what is open already, since gold paths do not count on open containers, and what the
-    simulator refuses of its own path."""
-    return action.startswith("open ") and "already open" in observation or not is_valid(observation)
 
 
 def scienceworld_thought(goal: str, earlier: list[dict], action: str) -> str:
@@ -470,10 +465,10 @@ def published_turns(row: dict) -> list[tuple[str, str]]:
 # --- Replay: a trajectory is what the environment answers ---------------------------------------------------------
 
 
-def replay(env, task: str, turns: list[tuple[str, str]], max_turns: int | None, drop=None) -> dict:
+def replay(env, task: str, turns: list[tuple[str, str]], max_turns: int | None, drop_refused: bool = False) -> dict:
     """Play (thought, action) turns in the environment, up to its end or the turn limit; a trajectory row.
 
-    drop(action, observation) says which turns to leave out: the rest is then played again from the start.
+    With drop_refused, turns that are refused are left out, and the rest is then played again from the start.
     """
     instruction = env.reset(task)
     steps, reward, end = [], 0.0, None
@@ -482,9 +477,9 @@ def replay(env, task: str, turns: list[tuple[str, str]], max_turns: int | None, 
         steps.append({"thought": thought, "action": action, "observation": observation, "deliberated": False})
         if end is not None:
             break
-    if drop and any(drop(step["action"], step["observation"]) for step in steps):
-        kept = [(step["thought"], step["action"]) for step in steps if not drop(step["action"], step["observation"])]
-        return replay(env, task, kept, max_turns)
+    kept = [(step["thought"], step["action"]) for step in steps if is_valid(step["observation"])]
+    if drop_refused and len(kept) < len(steps):
+        return replay(env, task, kept, max_turns, drop_refused)
     return trajectory_row(task, instruction, steps, reward, "published")
 
 

@@ -45,11 +45,12 @@ def test_an_expert_calls_things_by_the_names_that_the_agent_has_seen(env):
 
 
 def test_an_expert_looks_around_where_it_begins_and_does_nothing_that_is_refused(env):
-    """The simulator's gold path to the first task begins with a focus, that to the second has two refused actions."""
+    """The simulator's gold path to the first task begins with a focus, that to the others has refused actions."""
     steps = scienceworld_expert(env, "scienceworld/lifespan-shortest-lived/16", None, 0)["steps"]
     assert steps[0]["action"] == "look around" and steps[1]["action"].startswith("focus on")
-    trajectory = scienceworld_expert(env, "scienceworld/test-conductivity/211", None, 0)
-    assert trajectory["reward"] >= 0.999 and all(is_valid(step["observation"]) for step in trajectory["steps"])
+    for task in "scienceworld/test-conductivity/211", "scienceworld/chemistry-mix-paint-tertiary-color/10":
+        trajectory = scienceworld_expert(env, task, None, 0)
+        assert trajectory["reward"] >= 0.999 and all(is_valid(step["observation"]) for step in trajectory["steps"])
 
 
 @pytest.mark.parametrize("action, seen, renamed", [
@@ -97,6 +98,17 @@ def test_commands_that_are_no_actions_do_not_reach_the_simulator(env):
     assert env.step("reset task")[0].startswith("No known action")
     assert env.step("")[0] == NO_ACTION
     assert env.step("x" * 10_000)[0].startswith("No known action")
+
+
+def test_what_the_simulator_understands_and_does_not_do_was_refused(env):
+    env.reset("scienceworld/test-conductivity/211")
+    done = ["teleport to workshop", "look around", "connect battery anode to blue wire terminal 1", "look in table",
+            "close door to hallway", "disconnect battery", "wait1", "look at table"]
+    undone = ["connect battery to blue wire", "teleport to battery", "open table", "use battery on table",
+              "pour table into table", "activate table", "read table", "eat table", "close door to hallway", "go to battery"]
+    assert [action for action in done if not is_valid(env.step(action)[0])] == []
+    before = env.step("look around")[0]
+    assert [action for action in undone if is_valid(env.step(action)[0])] == [] and env.step("look around")[0] == before
 
 
 @pytest.mark.parametrize("task", ["scienceworld/bake/0", "scienceworld/boil/100000", "scienceworld/boil/-1", "boil"])
