@@ -14,15 +14,15 @@ PROFILE ?= laptop#        laptop: every part once on 2 cores; small: a night on 
 ENV ?= scienceworld#      scienceworld or alfworld
 VARIANT ?=#               beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model
 #                         proposes the candidates; candidates without critiques), no-reasons or reasons (verdicts alone; with
-#                         CRITIC's reasons), self-critic (MODEL judges instead of CRITIC), choice-first (the expert's action
-#                         before all that was not tried), recover-only (RECOVER without deliberations) or more-sft (the
-#                         expert data again, for as many tokens as SAND)
+#                         CRITIC's reasons), self-critic (MODEL judges instead of CRITIC), choice-first or by-preference (lists
+#                         in the order that CHOICE_FIRST does not give them), recover-only (RECOVER without deliberations) or
+#                         more-sft (the expert data again, for as many tokens as SAND)
 PACKAGED := models/SmolLM2-135M-Instruct
 PACKAGED_CRITIC := models/Qwen2.5-Coder-0.5B-Instruct
 
 ifneq ($(strip $(VARIANT)),)
-ifeq ($(filter no-sas no-eac no-reasons reasons self-critic choice-first recover-only more-sft,$(VARIANT)),)
-$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, no-reasons, reasons, self-critic, choice-first, recover-only or more-sft, or empty)
+ifeq ($(filter no-sas no-eac no-reasons reasons self-critic choice-first by-preference recover-only more-sft,$(VARIANT)),)
+$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, no-reasons, reasons, self-critic, choice-first, by-preference, recover-only or more-sft, or empty)
 endif
 ITERS ?= 1
 endif
@@ -54,23 +54,30 @@ GUIDED ?= verdicts
 CRITIC ?= $(PACKAGED_CRITIC)
 ITERS ?= 1
 N ?= 4
-LEARNING_RATE ?= 5e-4
-BATCH ?= 4
 LORA_RANK ?= 0
 MAX_TOKENS ?= 384
 TEMPERATURE ?= 0.5
 EXTRA_TURNS ?= 4
 MASK_REJECTED ?= 1
 RECOVER ?= 4
-# So many tasks that one epoch will do, after which the policy still makes mistakes on them to learn from.
 TASKS ?= 240
 EPOCHS ?= 1
 ifeq ($(ENV),scienceworld)
 # All types with a turn limit of at most 30.
 TYPES ?= chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color,find-animal,find-living-thing,find-non-living-thing,find-plant,grow-plant,identify-life-stages-1,identify-life-stages-2,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,power-component,power-component-renewable-vs-nonrenewable-energy,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
 TEST_TASKS ?= 85
+# SFT has not converged after one epoch; and where lists began with what it sampled most, it learnt to reject its own
+# right actions.
+SFT_EPOCHS ?= 2
+LEARNING_RATE ?= 2.5e-4
+BATCH ?= 1
+CHOICE_FIRST ?= 1
 else
 TEST_TASKS ?= 60
+# So many games that one epoch will do, after which the policy still makes mistakes on them to learn from.
+SFT_EPOCHS ?= 1
+LEARNING_RATE ?= 5e-4
+BATCH ?= 4
 # Almost every other step is flagged here and its rollouts are long.
 EXPLORE ?= 100
 endif
@@ -89,7 +96,8 @@ endif
 ifeq ($(filter scienceworld alfworld,$(ENV)),)
 $(error ENV is '$(ENV)'; it can be scienceworld or alfworld)
 endif
-EPOCHS ?= 3
+EPOCHS ?= 3#              of SFT and of the first iteration
+SFT_EPOCHS ?= $(EPOCHS)#  of SFT, where they differ
 LATER_EPOCHS ?= 1
 CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
 GUIDED ?= no#             for small base models. reasons: verdicts come from the rollouts, the base model gives the
@@ -100,6 +108,8 @@ endif
 ifneq ($(filter 0,$(EXPLORE) $(RECOVER)),)
 $(error EXPLORE and RECOVER can be empty, for all and for none, or 1 and more)
 endif
+CHOICE_FIRST ?=#          1: a list begins with the expert's action, but for what was tried; empty: with what the policy
+#                         sampled most
 MASK_REJECTED ?=#         1: a policy is taught to judge the mistakes that its lists begin with, not to make them
 RECOVER ?=#               e.g. 4: where a sample is refused, the policy tries on until so many have been, and the deliberation
 #                         goes on from there
@@ -140,7 +150,7 @@ iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-u
 
 help: ## this list, and the variables with their current values
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXPLORE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED MASK_REJECTED RECOVER EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXPLORE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE SHOWN_STEPS GUIDED CHOICE_FIRST MASK_REJECTED RECOVER SFT_EPOCHS EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
@@ -194,10 +204,11 @@ SAMPLE_OPTIONS = --n-samples $(strip $(N)) $(addprefix --explore ,$(strip $(EXPL
 ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) $(addprefix --refusals ,$(strip $(RECOVER))) --seed $(strip $(SEED))
 BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
 REFUSALS = $(if $(filter recover-only,$(VARIANT)),--recover-only,$(if $(strip $(RECOVER)),--recover))
-SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH) $(REFUSALS))$(if $(filter choice-first,$(VARIANT)), --choice-first))
+ORDER = $(if $(filter by-preference,$(VARIANT)),,$(if $(strip $(CHOICE_FIRST))$(filter choice-first,$(VARIANT)),--choice-first))
+SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH) $(REFUSALS)) $(ORDER))
 EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(EPOCHS) $(TRAIN_OPTIONS)))
+$(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(SFT_EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/base,$(MODEL)))
@@ -216,7 +227,7 @@ $(R)/expert.jsonl: stage0_sft.py common.py $(TASK_TABLE) $(strip $(PUBLISHED)) $
 	$(PYTHON) stage0_sft.py expert $(EXPERT_OPTIONS) --out $@
 
 $(R)/iter0/model/config.json: $(R)/expert.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
-	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(EPOCHS) $(TRAIN_OPTIONS) --out $(@D)
+	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(SFT_EPOCHS) $(TRAIN_OPTIONS) --out $(@D)
 
 $(call evals,$(R)/base) &: evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
 	$(PYTHON) evaluate.py run --model $(MODEL) $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
@@ -274,7 +285,7 @@ endif
 # ---- Baselines, a whole study and the report ----
 AT_ONCE = $(ITERATIONS:%=$(R)/iter%/no-deliberation)
 # A make of its own for every VARIANT, since that is a variable of a whole make.
-ABLATIONS = no-sas no-eac choice-first
+ABLATIONS = no-sas no-eac $(if $(strip $(CHOICE_FIRST)),by-preference,choice-first)
 ABLATIONS += $(if $(filter verdicts,$(GUIDED)),reasons,no-reasons $(if $(filter-out $(MODEL),$(CRITIC)),self-critic))
 ABLATIONS += $(if $(strip $(RECOVER)),recover-only)
 study: ## all, then its control more-sft, its ablations, SAND acting at once and base with one example: the README's main table

@@ -310,6 +310,7 @@ def model_names(folder: Path) -> dict[str, str]:
                            "no-sas": "SAND-{} w/o SAS", "no-eac": "SAND-{} w/o EAC",
                            "no-reasons": "SAND-{} w/o reasons", "reasons": "SAND-{} with reasons",
                            "choice-first": "SAND-{} listing its choice first",
+                           "by-preference": "SAND-{} listing what it prefers first",
                            "recover-only": "SAND-{} without deliberations"}.items():
         found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
         for path in sorted(found, key=lambda path: int(path.name[4:])):

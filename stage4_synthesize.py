@@ -55,8 +55,8 @@ def parse_arguments() -> argparse.Namespace:
                         "thought")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
                         "default: all")
-    parser.add_argument("--choice-first", action="store_true", help="an ablation: list the expert's action before all that "
-                        "was not tried; default: in the order of how often the policy sampled them")
+    parser.add_argument("--choice-first", action="store_true", help="list the expert's action before all that was not tried; "
+                        "default: in the order of how often the policy sampled them")
     recover = parser.add_mutually_exclusive_group()
     recover.add_argument("--recover", action="store_true", help="show what the policy tried in vain (stage 2's --refusals) "
                          "before the deliberation, and begin its list with the last of it")

@@ -128,12 +128,15 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("MASK_REJECTED=1", ITERATION[4:]),
     ("RECOVER=2", ITERATION[1:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
+    ("CHOICE_FIRST=1", ITERATION[3:]),
+    ("SFT_EPOCHS=2", ["stage0_sft train", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),
     ("MAX_LIVE=4", []),
     ("VARIANT=no-sas", ITERATION[3:]),
     ("VARIANT=no-eac", ITERATION[3:]),
     ("VARIANT=choice-first", ITERATION[2:]),
+    ("VARIANT=by-preference", ITERATION[2:]),
     ("VARIANT=recover-only", ITERATION[2:]),
 ])
 def test_a_change_makes_exactly_what_depends_on_it_stale(project, change, stale):
@@ -264,6 +267,7 @@ def test_a_study_is_the_run_its_control_and_its_ablations(project):
     always = ["", "more-sft", "no-sas", "no-eac", "choice-first"]
     assert variants() == [*always, "no-reasons"]
     assert variants("CRITIC=some/other") == [*always, "no-reasons", "self-critic"]
+    assert variants("CHOICE_FIRST=1") == [*always[:-1], "by-preference", "no-reasons"]
     assert variants("CRITIC=some/other", "GUIDED=verdicts", "RECOVER=1") == [*always, "reasons", "recover-only"]
 
 

@@ -167,14 +167,14 @@ def test_the_figures_show_the_data(finished):
 
 def test_variants_and_baselines_stand_beside_the_run(finished):
     for folder in ("more-sft/iter1", "self-critic/iter1", "no-sas/iter1", "no-eac/iter1", "no-reasons/iter1",
-                   "reasons/iter1", "choice-first/iter1", "recover-only/iter1", "base-example", "iter0/best-of-5",
-                   "iter1/no-deliberation", "iter2"):
+                   "reasons/iter1", "choice-first/iter1", "by-preference/iter1", "recover-only/iter1", "base-example",
+                   "iter0/best-of-5", "iter1/no-deliberation", "iter2"):
         write(finished, folder, [0, 0, 0])
     assert list(evaluations(finished)) == [
         "base", "base, one example", "SFT", "SAND-1", "SAND-2", "SFT, as long as SAND-1", "SAND-1 judging itself",
         "SAND-1 w/o SAS", "SAND-1 w/o EAC", "SAND-1 w/o reasons",
-        "SAND-1 with reasons", "SAND-1 listing its choice first", "SAND-1 without deliberations", "SFT, best of 5",
-        "SAND-1, acting at once"]
+        "SAND-1 with reasons", "SAND-1 listing its choice first", "SAND-1 listing what it prefers first",
+        "SAND-1 without deliberations", "SFT, best of 5", "SAND-1, acting at once"]
 
 
 def test_sand_is_compared_with_sft_of_the_same_length(finished):
