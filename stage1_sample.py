@@ -19,8 +19,8 @@ import argparse
 import time
 
 from common import (TRAJECTORY, Output, StageOutput, add_engine_options, dialogue, duration, failure, failures_last,
-                    generate, make_engine, normalise, parse_turn, progress, prompt_path, read_rows, run_stage, settings_of,
-                    share, stable_seed, turn_sampling)
+                    generate, make_engine, normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, run_stage,
+                    settings_of, share, stable_seed, turn_sampling)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,13 +61,18 @@ def is_flagged(actions: list[dict], samples: list[dict]) -> bool:
     return len(actions) + any(not sample["action"] for sample in samples) > 1
 
 
+def sampled_action(text: str) -> dict:
+    """The thought and the action of an output; one that repeats itself up to the token limit names no action."""
+    turn = parse_turn(text)
+    return {"thought": turn["thought"], "action": "" if repeats_itself(turn["action"]) else turn["action"]}
+
+
 def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> dict:
     """The row of step t; one whose request failed has no samples, says why, and is not flagged."""
     if failure(outputs[0].finish):
         return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": [],
                 "actions": distinct_actions(trajectory["steps"][t - 1], []), "flagged": False, "failed": outputs[0].finish}
-    turns = [parse_turn(sampled.text) for sampled in outputs]
-    samples = [{"thought": turn["thought"], "action": turn["action"]} for turn in turns]
+    samples = [sampled_action(sampled.text) for sampled in outputs]
     actions = distinct_actions(trajectory["steps"][t - 1], samples)
     return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": samples, "actions": actions,
             "flagged": is_flagged(actions, samples)}

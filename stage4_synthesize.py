@@ -111,8 +111,9 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     sampled by lot among them all. At the end it would teach the policy to condemn what it lists first, at the front to
     praise it, whatever it is; and in a random order altogether it finds no end of its list. Wherever that puts it, the
     expert's comes before its equals by the environment's verdict: then the choice is the first that leads on, which a
-    policy can learn, and no arbitrary one of several. With choice_first it comes before all of them: is it the wrong
-    actions listed before the choice that a policy suffers from? What was tried last before the step comes first of all.
+    policy can learn, and no arbitrary one of several. With choice_first it comes before all of them: a policy whose lists
+    begin with its own wrong actions learns to reject what it lists first, right or wrong. What was tried last before the
+    step comes first of all.
 
     A step that differs from the one the candidates were sampled at, after a switch, keeps its thought. What repeats itself
     without end was no attempt and is not shown as one.

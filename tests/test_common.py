@@ -6,7 +6,7 @@ import pytest
 
 import common
 from common import (TRAJECTORY, StageOutput, UserError, fill_prompt, is_deliberation, normalise, parse_turn, read_rows)
-from stage1_sample import distinct_actions, is_flagged, to_explore
+from stage1_sample import distinct_actions, is_flagged, sampled_action, to_explore
 from stage4_synthesize import switch_expert
 
 ROW = {"key": "a", "env": "scienceworld", "task": "a", "split": "train", "instruction": "do it", "reward": 1.0,
@@ -81,6 +81,12 @@ def test_a_step_is_flagged_when_samples_differ_or_are_invalid():
     assert is_flagged(distinct_actions(expert, invalid), invalid)
     assert [(a["action"], a["source"], a["count"]) for a in distinct_actions(expert, other)] == [
         ("look around", "expert", 3), ("focus on bee", "sample", 1)]
+
+
+def test_an_action_without_end_is_no_action():
+    assert sampled_action("Thought: t\nAction: connect wire to " + "buzz " * 50) == {"thought": "t", "action": ""}
+    connected = "connect red wire terminal 1 to red wire terminal 2"
+    assert sampled_action(f"Thought: t\nAction: {connected}") == {"thought": "t", "action": connected}
 
 
 def test_each_iteration_explores_first_what_no_iteration_has_changed_yet():
