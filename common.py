@@ -285,7 +285,8 @@ def check_model(path: Path | str, model: str) -> None:
 
 def settings_of(args: argparse.Namespace) -> dict:
     """The options that decide what a stage's rows are: not where they go, nor who computes how many at once."""
-    return {name: value for name, value in vars(args).items() if name not in ("out", "max_live", "workers", "api_base")}
+    return {name: value for name, value in vars(args).items()
+            if name not in ("out", "max_live", "workers", "api_base", "engine_args")}
 
 
 class Provenance:
@@ -1291,9 +1292,12 @@ def check_model_folder(model: str) -> None:
 
 
 class LocalEngine:
-    """vLLM in this process, stepped request by request: `submit` at any time, `poll` runs one step."""
+    """vLLM in this process, stepped request by request: `submit` at any time, `poll` runs one step.
 
-    def __init__(self, model: str, max_model_len: int, seed: int) -> None:
+    `engine_args` are more of vLLM's EngineArgs. Raises UserError for a model or arguments that vLLM does not take.
+    """
+
+    def __init__(self, model: str, max_model_len: int, seed: int, engine_args: dict | None = None) -> None:
         check_model_folder(model)
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
                             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
@@ -1313,10 +1317,14 @@ class LocalEngine:
             # cache, and a turn is shorter than the default 128 tokens.
             options = {"enforce_eager": True, "dtype": "bfloat16" if bfloat16_is_fast() else "float32",
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len, "block_size": 32}
+        options |= {"enable_prefix_caching": True, "use_tqdm_on_load": False, "disable_log_stats": False,
+                    "generation_config": "vllm"} | (engine_args or {})
         try:
-            self.engine = LLMEngine.from_engine_args(EngineArgs(
-                model=model, max_model_len=max_model_len, seed=seed, enable_prefix_caching=True,
-                use_tqdm_on_load=False, disable_log_stats=False, generation_config="vllm", **options))
+            arguments = EngineArgs(**options | {"model": model, "max_model_len": max_model_len, "seed": seed})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"vLLM does not take these --engine-args: {str(error).splitlines()[0]}") from None
+        try:
+            self.engine = LLMEngine.from_engine_args(arguments)
         except (OSError, ValueError) as error:
             raise UserError(f"vLLM cannot load the model '{model}': {str(error).splitlines()[0]}") from None
         self.format = ChatFormat(self.engine.get_tokenizer())
@@ -1520,14 +1528,29 @@ def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperatu
     group.add_argument("--max-tokens", type=int, default=max_tokens, help="most tokens of one output; default: %(default)s")
     group.add_argument("--max-model-len", type=int, default=8192, help="longest context in tokens; default: %(default)s")
     group.add_argument("--max-live", type=int, default=16, help="requests or episodes in flight; default: %(default)s")
+    group.add_argument("--engine-args", type=json_object, default={}, metavar="JSON", help="more of vLLM's EngineArgs, such "
+                       """as '{"tensor_parallel_size": 2}' for a model that one GPU does not hold; without --api-base""")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def json_object(text: str) -> dict:
+    """An option's value that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def make_engine(args: argparse.Namespace) -> LocalEngine | ServerEngine:
     """The engine that the options of `add_engine_options` ask for."""
     if args.api_base:
+        if args.engine_args:
+            raise UserError("--engine-args are for vLLM in this process; with --api-base give them to the server")
         return ServerEngine(args.api_base, args.model)
-    return LocalEngine(args.model, args.max_model_len, args.seed)
+    return LocalEngine(args.model, args.max_model_len, args.seed, args.engine_args)
 
 
 def generate(engine, requests: Iterable[tuple[object, list[str], dict]], max_live: int
@@ -1817,13 +1840,14 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
         model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
     on_gpu = torch.cuda.is_available()
+    large = model.num_parameters() > 1e9  # a smaller one's activations fit on a GPU, and computing them twice takes time
     devices = int(os.environ.get("WORLD_SIZE", 1))
     steps = args.epochs * len(sequences) / args.batch_size
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=round(WARM_UP * steps), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=max(1, args.batch_size // (args.micro_batch_size * devices)),
-        gradient_checkpointing=on_gpu, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
+        gradient_checkpointing=on_gpu and large, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
         # Tasks of one type are of about one length: grouped, a step learns from few of them. Only padding is worth that.
         train_sampling_strategy="group_by_length" if args.micro_batch_size > 1 else "random",
         logging_steps=1, save_strategy="steps", save_steps=1 / CHECKPOINTS, save_total_limit=1,

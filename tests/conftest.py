@@ -72,7 +72,7 @@ def wait_until_gone(mark):
 def engine():
     """The packaged model in a real vLLM in this process."""
     from common import LocalEngine
-    return LocalEngine(str(MODEL), 2048, 0)
+    return LocalEngine(str(MODEL), 2048, 0, {"max_num_seqs": 64})
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 
 import pytest
 
-from common import (ChatFormat, ServerEngine, UserError, bfloat16_is_fast, dialogue, generate, generate_checked, parse_turn,
-                    training_sequences)
+from common import (ChatFormat, LocalEngine, ServerEngine, UserError, bfloat16_is_fast, dialogue, generate, generate_checked,
+                    make_engine, parse_turn, training_sequences)
 from conftest import MODEL
 from evaluate import AT_ONCE
 
@@ -83,6 +84,20 @@ def test_a_model_that_would_write_a_list_can_be_held_to_act_at_once(engine):
     (free,), (held,) = ask(engine, request, max_tokens=100), ask(engine, request, max_tokens=100, regex=AT_ONCE)
     assert free.text.count("\n") >= 2 and not parse_turn(free.text)["action"]
     assert re.fullmatch(AT_ONCE, held.text) and parse_turn(held.text)["action"]
+
+
+def test_vllms_own_arguments_reach_it_and_one_that_it_does_not_know_is_named(engine):
+    assert engine.engine.vllm_config.scheduler_config.max_num_seqs == 64  # the fixture's
+    with pytest.raises(UserError, match="these --engine-args: .*'no_such_thing'"):
+        LocalEngine(MODEL, 2048, 0, {"no_such_thing": 1})
+    with pytest.raises(UserError, match="with --api-base give them to the server"):
+        make_engine(Namespace(api_base="http://localhost:8000/v1", model="m", engine_args={"max_num_seqs": 64}))
+
+
+def test_engine_arguments_that_are_no_object_are_refused(script):
+    for value, why in ("[1]", "'[1]' is not a JSON object"), ("{1", "'{1' is not JSON: "):
+        done = script("evaluate.py", "run", "--model", "m", "--env", "scienceworld", "--out", "o", "--engine-args", value)
+        assert done.returncode == 2 and f"argument --engine-args: {why}" in done.stderr
 
 
 def test_a_prompt_longer_than_the_context_says_so(engine):

@@ -133,6 +133,7 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),
     ("MAX_LIVE=4", []),
+    ('ENGINE_ARGS={"max_num_seqs": 4}', []),
     ("VARIANT=no-sas", ITERATION[3:]),
     ("VARIANT=no-eac", ITERATION[3:]),
     ("VARIANT=choice-first", ITERATION[2:]),
