@@ -1319,12 +1319,11 @@ class LocalEngine:
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len, "block_size": 32}
         options |= {"enable_prefix_caching": True, "use_tqdm_on_load": False, "disable_log_stats": False,
                     "generation_config": "vllm"} | (engine_args or {})
+        if unknown := options.keys() - EngineArgs.__dataclass_fields__.keys():
+            raise UserError(f"vLLM does not take these --engine-args: {', '.join(map(repr, sorted(unknown)))}")
         try:
-            arguments = EngineArgs(**options | {"model": model, "max_model_len": max_model_len, "seed": seed})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"vLLM does not take these --engine-args: {str(error).splitlines()[0]}") from None
-        try:
-            self.engine = LLMEngine.from_engine_args(arguments)
+            self.engine = LLMEngine.from_engine_args(EngineArgs(
+                **options | {"model": model, "max_model_len": max_model_len, "seed": seed}))
         except (OSError, ValueError) as error:
             raise UserError(f"vLLM cannot load the model '{model}': {str(error).splitlines()[0]}") from None
         self.format = ChatFormat(self.engine.get_tokenizer())

@@ -23,6 +23,9 @@ pytestmark = pytest.mark.slow
 # than kernels for different processors differ by. As a plain question it was 0.08, and the machine chose the answer.
 QUESTION = ["Complete the sentence: The capital of France is"]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "seed": 0}
+ROW = {"key": "a", "env": "scienceworld", "task": "scienceworld/find-animal/0", "split": "train", "reward": 1.0,
+       "instruction": "Find an animal.", "source": "test",
+       "steps": [{"thought": "I look.", "action": "look around", "observation": "a room"}]}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,14 @@ def test_engine_arguments_that_are_no_object_are_refused(script):
     for value, why in ("[1]", "'[1]' is not a JSON object"), ("{1", "'{1' is not JSON: "):
         done = script("evaluate.py", "run", "--model", "m", "--env", "scienceworld", "--out", "o", "--engine-args", value)
         assert done.returncode == 2 and f"argument --engine-args: {why}" in done.stderr
+
+
+def test_a_hub_name_that_cannot_be_had_is_one_line(script, tmp_path):
+    (tmp_path / "expert.jsonl").write_text(json.dumps(ROW) + "\n")
+    done = script("stage1_sample.py", "--model", "some/other", "--trajectories", "expert.jsonl", "--out", "candidates.jsonl",
+                  HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and "vLLM cannot load the model 'some/other'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_prompt_longer_than_the_context_says_so(engine):
@@ -209,10 +220,7 @@ def test_a_server_answers_like_the_engine_in_the_process(engine, server):
 
 
 def test_a_stage_runs_through_a_server(script, server, tmp_path):
-    row = {"key": "a", "env": "scienceworld", "task": "scienceworld/find-animal/0", "split": "train", "reward": 1.0,
-           "instruction": "Find an animal.", "source": "test",
-           "steps": [{"thought": "I look.", "action": "look around", "observation": "a room"}]}
-    (tmp_path / "expert.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"key": "b"}) + "\n")
+    (tmp_path / "expert.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | {"key": "b"}) + "\n")
     done = script("stage1_sample.py", "--api-base", server, "--model", "tiny", "--trajectories", "expert.jsonl",
                   "--explore", 1, "--out", "candidates.jsonl", "--n-samples", 2, "--max-tokens", 8, OPENAI_API_KEY="sk-secret")
     assert done.returncode == 0, done.stderr
