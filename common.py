@@ -277,7 +277,7 @@ def check_model(path: Path | str, model: str) -> None:
     """Raise UserError if the rows in `path` were made with other weights, where their sidecar tells."""
     said = sidecar(Path(path))
     made = said.get("settings", {}).get("model")
-    weights, given = said.get("inputs", {}).get(made), digest(model)
+    weights, given = said.get("inputs", {}).get(relative(made)) if made else None, digest(model)
     if weights and given and weights != given:
         raise UserError(f"{path}: was made with other weights, those of --model {made} at the time; this stage goes on "
                         "with the same model")
@@ -1183,10 +1183,14 @@ class EnvironmentPool:
 # ----------------------------------------------------------------------------------------------------------------
 
 
+# An output in which the same so many tokens come so often in a row goes on with them to the token limit: vLLM ends it there.
+ENDLESS = {"min_pattern_size": 4, "max_pattern_size": 128, "min_count": 4}
+
+
 @dataclass
 class Output:
-    """One sampled completion: its text, its number of tokens, and why it ended: "stop", "length", "context" for a prompt
-    that is too long, or "failed: ..." where a server gave no answer.
+    """One sampled completion: its text, its number of tokens, and why it ended: "stop", "length", "repetition" of an
+    ENDLESS one, "context" for a prompt that is too long, or "failed: ..." where a server gave no answer.
 
     ids are the tokens of the text, without the end of turn, where the engine tells and they spell just this text."""
     text: str
@@ -1317,22 +1321,24 @@ class LocalEngine:
             # cache, and a turn is shorter than the default 128 tokens.
             options = {"enforce_eager": True, "dtype": "bfloat16" if bfloat16_is_fast() else "float32",
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len, "block_size": 32}
-        options |= {"enable_prefix_caching": True, "use_tqdm_on_load": False, "disable_log_stats": False,
-                    "generation_config": "vllm"} | (engine_args or {})
-        if unknown := options.keys() - EngineArgs.__dataclass_fields__.keys():
-            raise UserError(f"vLLM does not take these --engine-args: {', '.join(map(repr, sorted(unknown)))}")
+        own = {"model": model, "max_model_len": max_model_len, "seed": seed}
+        own |= {"disable_log_stats": False}  # `usage` reads them
+        options |= own | {"enable_prefix_caching": True, "use_tqdm_on_load": False, "generation_config": "vllm"}
+        if unknown := (engine_args or {}).keys() - (EngineArgs.__dataclass_fields__.keys() - own.keys()):
+            raise UserError("vLLM does not take these --engine-args, or they are set by the stage or another option: "
+                            f"{', '.join(map(repr, sorted(unknown)))}")
         try:
-            self.engine = LLMEngine.from_engine_args(EngineArgs(
-                **options | {"model": model, "max_model_len": max_model_len, "seed": seed}))
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**options | (engine_args or {})))
         except (OSError, ValueError) as error:
-            raise UserError(f"vLLM cannot load the model '{model}': {str(error).splitlines()[0]}") from None
+            reason = " ".join(str(error).split("\n", 3)[:3])  # pydantic names the argument in the second line
+            raise UserError(f"vLLM cannot load the model '{model}': {reason}") from None
         self.format = ChatFormat(self.engine.get_tokenizer())
         self.longest = max_model_len
         self.refused: list[tuple[object, list[Output]]] = []
         self.waiting: deque[tuple[object, list[int], dict]] = deque()  # (name, token ids, sampling options)
         self.running: dict[str, tuple[object, list[int], dict]] = {}
         self.most: float = float("inf")  # requests in vLLM at once
-        self.submitted = self.tokens_in = self.tokens_out = 0
+        self.submitted = self.tokens_in = self.tokens_out = self.endless = 0
 
     @property
     def busy(self) -> bool:
@@ -1354,7 +1360,7 @@ class LocalEngine:
     def _admit(self) -> None:
         """Hand waiting requests to vLLM as long as there is room."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
         while self.waiting and len(self.running) < self.most:
             request = name, ids, sampling = self.waiting.popleft()
             self.submitted += 1
@@ -1363,7 +1369,7 @@ class LocalEngine:
             options = {key: value for key, value in sampling.items() if key != "regex"}
             self.engine.add_request(str(self.submitted), {"prompt_token_ids": ids}, SamplingParams(
                 **options, structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
-                output_kind=RequestOutputKind.FINAL_ONLY))
+                repetition_detection=RepetitionDetectionParams(**ENDLESS), output_kind=RequestOutputKind.FINAL_ONLY))
 
     def _make_room(self) -> None:
         """After the accelerator ran out of memory: begin all unfinished requests again, half as many at once.
@@ -1406,6 +1412,7 @@ class LocalEngine:
                 if result.finished:
                     outputs = [self._output(each) for each in sorted(result.outputs, key=lambda each: each.index)]
                     self.tokens_out += sum(output.tokens for output in outputs)
+                    self.endless += sum(output.finish == "repetition" for output in outputs)
                     finished.append((self.running.pop(result.request_id)[0], outputs))
             self._admit()
         return finished
@@ -1416,7 +1423,11 @@ class LocalEngine:
         counted = {metric.name: metric.value for metric in self.engine.get_metrics() if "prefix_cache" in metric.name}
         rate = counted["vllm:prefix_cache_hits"] / max(1, counted["vllm:prefix_cache_queries"])
         return (f"{self.tokens_in} tokens of prompts in (prefix cache hit rate {100 * rate:.0f} %), "
-                f"{self.tokens_out} tokens out")
+                f"{self.tokens_out} tokens out{endless_outputs(self)}")
+
+
+def endless_outputs(engine) -> str:
+    return f", {engine.endless} outputs ended since they repeated themselves without end" if engine.endless else ""
 
 
 class ServerEngine:
@@ -1439,7 +1450,8 @@ class ServerEngine:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         try:
-            served = [entry.id for entry in openai.OpenAI(**options | {"max_retries": 0, "timeout": 10}).models.list()]
+            listed = list(openai.OpenAI(**options | {"max_retries": 0, "timeout": 10}).models.list())
+            served = {entry.id: getattr(entry, "owned_by", None) for entry in listed}
         except openai.APIConnectionError:
             raise UserError(f"no server answers at {api_base}; start one (vllm serve MODEL) or mend --api-base") from None
         except openai.APIStatusError as error:
@@ -1450,8 +1462,11 @@ class ServerEngine:
                             "is another program using that port?") from None
         if model not in served:
             raise UserError(f"{api_base} does not serve '{model}' but {', '.join(served) or 'nothing'}; mend --model")
+        # As in this process: else a server takes its defaults from the model's generation_config.json.
+        self.extra = ({"repetition_detection": ENDLESS, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+                      if served[model] == "vllm" else {})
         self.pending: dict = {}
-        self.tokens_in = self.tokens_out = 0  # what a server bills
+        self.tokens_in = self.tokens_out = self.endless = 0  # what a server bills
 
     @property
     def busy(self) -> bool:
@@ -1461,7 +1476,7 @@ class ServerEngine:
                stop: list[str] | None = None, regex: str | None = None) -> None:
         import asyncio
         messages = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
-        extra = {"structured_outputs": {"regex": regex}} if regex else None  # vLLM's servers know it
+        extra = self.extra | ({"structured_outputs": {"regex": regex}} if regex else {})  # of vLLM's own, as far as known
         self.pending[asyncio.run_coroutine_threadsafe(self._complete(
             messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed, n=n, stop=stop,
             extra_body=extra), self.loop)] = name
@@ -1475,7 +1490,7 @@ class ServerEngine:
             try:
                 reply = await self.client.chat.completions.create(model=self.model, **request)
                 return self._outputs(reply, request["n"]), reply.usage.prompt_tokens if reply.usage else 0
-            except openai.BadRequestError as error:
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if "context" in str(error).lower():
                     return [Output("", 0, "context")] * request["n"], 0
                 if request["extra_body"]:  # not a server of vLLM's: the checks have to do without the form
@@ -1509,11 +1524,12 @@ class ServerEngine:
             outputs, tokens_in = future.result()
             self.tokens_in += tokens_in
             self.tokens_out += sum(output.tokens for output in outputs)
+            self.endless += sum(output.finish == "repetition" for output in outputs)
             finished.append((self.pending.pop(future), outputs))
         return finished
 
     def usage(self) -> str:
-        return f"{self.tokens_in} tokens of prompts in, {self.tokens_out} tokens out"
+        return f"{self.tokens_in} tokens of prompts in, {self.tokens_out} tokens out{endless_outputs(self)}"
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperature: float, max_tokens: int) -> None:
@@ -1625,6 +1641,14 @@ def generate_checked(engine, items: list[dict], request: Callable[[dict, int], t
 def turn_sampling(temperature: float, max_tokens: int) -> dict:
     """Sampling options of the policy: its turn ends where it would go on to imagine the observation."""
     return {"temperature": temperature, "max_tokens": max_tokens, "stop": ["\nObservation:"]}
+
+
+def turn_of(output: Output) -> dict:
+    """The turn that the policy wrote, as `parse_turn` gives it. One that was cut off in its action names none: what is there
+    may be half of it, or all of it a hundred times."""
+    turn = parse_turn(output.text)
+    cut = output.finish in ("length", "repetition") and output.text.rstrip(" ").endswith(turn["text"])
+    return turn | {"action": ""} if cut else turn
 
 
 def retry_sampling(args: argparse.Namespace, key: str, attempt: int, form: str) -> dict:
@@ -1761,10 +1785,10 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
                 live[worker].end = "context limit" if output.finish == "context" else output.finish
                 yield from go_on(worker)
             else:
-                turn = executing[worker] = {**parse_turn(output.text), "tokens": output.tokens}
+                turn = executing[worker] = {**turn_of(output), "tokens": output.tokens}
                 if output.ids and turn["text"] == output.text:
                     live[worker].written[len(live[worker].steps)] = output.ids
-                pool.send(worker, "step", executing[worker]["action"])
+                pool.send(worker, "step", turn["action"])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1840,12 +1864,15 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
     on_gpu = torch.cuda.is_available()
     large = model.num_parameters() > 1e9  # a smaller one's activations fit on a GPU, and computing them twice takes time
-    devices = int(os.environ.get("WORLD_SIZE", 1))
+    together = args.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % together:
+        raise UserError(f"--batch-size {args.batch_size} is no multiple of the {together} trajectories that all devices take "
+                        "at once; change it or --micro-batch-size")
     steps = args.epochs * len(sequences) / args.batch_size
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=round(WARM_UP * steps), per_device_train_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=max(1, args.batch_size // (args.micro_batch_size * devices)),
+        gradient_accumulation_steps=args.batch_size // together,
         gradient_checkpointing=on_gpu and large, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
         # Tasks of one type are of about one length: grouped, a step learns from few of them. Only padding is worth that.
         train_sampling_strategy="group_by_length" if args.micro_batch_size > 1 else "random",

@@ -258,6 +258,9 @@ def run(args: argparse.Namespace) -> None:
                                      lambda episode: failure(episode.end), sum(map(len, tasks.values())) * args.best_of)
             for episode in progress(episodes, total=len(todo), desc="evaluate"):
                 split = episode.key.split("/")[0]
+                if args.no_deliberation and any(is_deliberation(step["thought"]) for step in episode.steps):
+                    raise UserError(f"{args.api_base or args.model} lets the model deliberate; --no-deliberation needs an "
+                                    "engine that holds outputs to a regular expression, as vLLM does")
                 outputs[split].write(episode_row(episode, split))
         for split, output in outputs.items():
             rows = [best_of([output.done[f"{split}/{task}/try{n}"] for n in range(args.best_of)], task)

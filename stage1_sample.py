@@ -19,8 +19,8 @@ import argparse
 import time
 
 from common import (TRAJECTORY, Output, StageOutput, add_engine_options, dialogue, duration, failure, failures_last,
-                    generate, make_engine, normalise, parse_turn, progress, prompt_path, read_rows, repeats_itself, run_stage,
-                    settings_of, share, stable_seed, turn_sampling)
+                    generate, make_engine, normalise, progress, prompt_path, read_rows, run_stage, settings_of, share,
+                    stable_seed, turn_of, turn_sampling)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,15 +32,21 @@ def parse_arguments() -> argparse.Namespace:
                         "deliberate yet, and leave the others as they are: rollouts are the longest part of an iteration; "
                         "default: all")
     add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.temperature == 0 and args.n_samples > 1:
+        parser.error("at --temperature 0 all samples of a step are the same; give it a temperature, or --n-samples 1")
+    return args
 
 
 def to_explore(trajectories: list[dict], count: int | None) -> list[dict]:
-    """So many trajectories, those first in which stage 4 has rewritten no thought yet, so that each iteration goes on where
-    the last one stopped; all of them for None."""
+    """So many trajectories, those first in which stage 4 has rewritten no thought yet, or all of them at once in a switch, so
+    that each iteration goes on where the last one stopped; all of them for None."""
     if count is None:
         return trajectories
-    return sorted(trajectories, key=lambda row: any("plain" in step for step in row["steps"]))[:count]
+
+    def explored(row: dict) -> bool:
+        return "switched" not in row and any("plain" in step for step in row["steps"])
+    return sorted(trajectories, key=explored)[:count]
 
 
 def distinct_actions(step: dict, samples: list[dict]) -> list[dict]:
@@ -61,18 +67,12 @@ def is_flagged(actions: list[dict], samples: list[dict]) -> bool:
     return len(actions) + any(not sample["action"] for sample in samples) > 1
 
 
-def sampled_action(text: str) -> dict:
-    """The thought and the action of an output; one that repeats itself up to the token limit names no action."""
-    turn = parse_turn(text)
-    return {"thought": turn["thought"], "action": "" if repeats_itself(turn["action"]) else turn["action"]}
-
-
 def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> dict:
     """The row of step t; one whose request failed has no samples, says why, and is not flagged."""
     if failure(outputs[0].finish):
         return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": [],
                 "actions": distinct_actions(trajectory["steps"][t - 1], []), "flagged": False, "failed": outputs[0].finish}
-    samples = [sampled_action(sampled.text) for sampled in outputs]
+    samples = [{name: turn[name] for name in ("thought", "action")} for turn in map(turn_of, outputs)]
     actions = distinct_actions(trajectory["steps"][t - 1], samples)
     return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": samples, "actions": actions,
             "flagged": is_flagged(actions, samples)}

@@ -124,7 +124,8 @@ def main() -> None:
                     output.write(sampled_rollout(candidate, action, episode))
                 print(engine.usage())
         rows = [expert_rollout(key, *item) if item[1]["source"] == "expert"
-                else output.done[first[determined_by(*item)]] | {"key": key, "candidate": item[0]["key"]}
+                else output.done[first[determined_by(*item)]] | {"key": key, "candidate": item[0]["key"],
+                                                                 "action": item[1]["action"]}
                 for key, item in work.items()]
         failed = sum(bool(failure(row["end"])) for row in rows)
         sampled = [row for row in rows if row["source"] == "sample" and not failure(row["end"])]

@@ -115,8 +115,7 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
     begin with its own wrong actions learns to reject what it lists first, right or wrong. What was tried last before the
     step comes first of all.
 
-    A step that differs from the one the candidates were sampled at, after a switch, keeps its thought. What repeats itself
-    without end was no attempt and is not shown as one.
+    A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
     """
     last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"], "action": action,
@@ -126,8 +125,7 @@ def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, li
             for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1
             for action in [trajectory["steps"][row["step"] - 1]["action"]]
             for tried in [[step for step in (attempts or {}).get(row["key"], [])
-                           if normalise(step["action"]) not in ("", normalise(action))
-                           and not repeats_itself(step["action"])]]]
+                           if normalise(step["action"]) not in ("", normalise(action))]]]
 
 
 def tried_first(tried: list[dict], ranked: list[dict], choice: str) -> list[dict]:

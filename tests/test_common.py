@@ -5,8 +5,9 @@ import json
 import pytest
 
 import common
-from common import (TRAJECTORY, StageOutput, UserError, fill_prompt, is_deliberation, normalise, parse_turn, read_rows)
-from stage1_sample import distinct_actions, is_flagged, sampled_action, to_explore
+from common import (TRAJECTORY, Output, StageOutput, UserError, fill_prompt, is_deliberation, normalise, parse_turn, read_rows,
+                    turn_of)
+from stage1_sample import distinct_actions, is_flagged, to_explore
 from stage4_synthesize import switch_expert
 
 ROW = {"key": "a", "env": "scienceworld", "task": "a", "split": "train", "instruction": "do it", "reward": 1.0,
@@ -83,10 +84,12 @@ def test_a_step_is_flagged_when_samples_differ_or_are_invalid():
         ("look around", "expert", 3), ("focus on bee", "sample", 1)]
 
 
-def test_an_action_without_end_is_no_action():
-    assert sampled_action("Thought: t\nAction: connect wire to " + "buzz " * 50) == {"thought": "t", "action": ""}
-    connected = "connect red wire terminal 1 to red wire terminal 2"
-    assert sampled_action(f"Thought: t\nAction: {connected}") == {"thought": "t", "action": connected}
+@pytest.mark.parametrize("finish", ["length", "repetition"])
+def test_a_turn_that_was_cut_off_in_its_action_names_none(finish):
+    half = "Thought: t\nAction: connect red wire terminal 1 to red"
+    assert turn_of(Output(half, 9, finish)) == parse_turn(half) | {"action": ""}
+    for whole, ended in (half, "stop"), (f"{half}\n", finish), (f"{half}\nObservation: a bee, a bee", finish):
+        assert turn_of(Output(whole, 9, ended)) == parse_turn(half)
 
 
 def test_each_iteration_explores_first_what_no_iteration_has_changed_yet():
@@ -96,6 +99,7 @@ def test_each_iteration_explores_first_what_no_iteration_has_changed_yet():
     assert to_explore([one, two, three], 2) == [two, three]
     assert to_explore([one, two, three], 9) == [two, three, one]
     assert to_explore([one, two, three], None) == [one, two, three]
+    assert to_explore([one | {"switched": {"step": 1}}, two, three], 1)[0]["key"] == one["key"]
 
 
 def test_a_deliberation_lists_two_candidates_with_judgements():

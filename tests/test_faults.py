@@ -17,8 +17,9 @@ import pytest
 
 import common
 from common import (AlfWorld, EnvironmentPool, Episode, ScienceWorld, ServerEngine, StageOutput, UserError,
-                    alfworld_tasks, failure, failures_last, generate, list_tasks, play, read_rows, write_practice_games)
-from conftest import MOVES, ROOT, Server, serve, wait_until_gone
+                    alfworld_tasks, failure, failures_last, generate, list_tasks, play, read_rows, relative,
+                    write_practice_games)
+from conftest import MODEL, MOVES, ROOT, Server, serve, wait_until_gone
 from test_scheduler import Scripted
 from test_stages import CANDIDATE, ROLL_OUT, ROW, SAMPLE, TRAIN, write
 
@@ -272,6 +273,27 @@ def test_a_request_without_an_answer_ends_with_its_reason_and_the_others_go_on(f
     assert failed[0].finish.startswith(reason) and "sk-secret" not in failed[0].finish
 
 
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_does_not_know_forms_is_asked_without_one(status):
+    server, address = serve(type("Formless", (FaultyServer,), {"faults": [status]}))
+    work = [("name", ["Look."], {"temperature": 0.0, "max_tokens": 5, "seed": 0, "regex": "Action: wait"})]
+    ((_, (output,)),) = generate(ServerEngine(address, "m"), work, max_live=1)
+    server.shutdown()
+    assert output.text == "Action: look"
+
+
+def test_a_server_that_lets_the_model_deliberate_cannot_hold_it_to_act_at_once(script):
+    class Deliberating(Server):
+        def answer(self, request):
+            self.complete("Thought: - wait: It helps.\n- wait1: It helps, too.\n\nI wait.\nAction: wait")
+
+    server, address = serve(Deliberating)
+    done = script("evaluate.py", "run", "--env", "scienceworld", "--model", "m", "--api-base", address, "--num-tasks", 1,
+                  "--max-turns", 1, "--no-deliberation", "--out", "out")
+    server.shutdown()
+    assert done.returncode == 2 and f"{address} lets the model deliberate; --no-deliberation needs" in done.stderr
+
+
 def test_a_server_that_is_gone_stops_the_run():
     with pytest.raises(UserError, match="2 of 20 failed, the last with 'failed: the server answered 500"):
         ask_server([500] * 100, requests=20, tries=1)
@@ -411,6 +433,9 @@ def test_files_of_another_format_environment_or_model_are_refused(script, tmp_pa
     said = {"format": 1, "settings": {"model": "runs/x/iter0/model"}, "inputs": {"runs/x/iter0/model": "0123"}}
     write(tmp_path / "candidates.meta.json", said)
     assert "candidates.jsonl: was made with other weights, those of --model runs/x/iter0/model" in refusal(script(*ROLL_OUT))
+    said = {"settings": {"model": f"{MODEL}/"}, "inputs": {relative(MODEL): "0123"}}  # another way to write a path
+    write(tmp_path / "candidates.meta.json", {"format": 1} | said)
+    assert "candidates.jsonl: was made with other weights" in refusal(script(*ROLL_OUT))
     write(tmp_path / "expert.meta.json", {"format": 99})
     assert "expert.jsonl: was written in format 99, this version reads format 1" in refusal(script(*SAMPLE))
     (tmp_path / "expert.meta.json").unlink()
