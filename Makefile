@@ -288,7 +288,7 @@ AT_ONCE = $(ITERATIONS:%=$(R)/iter%/no-deliberation)
 ABLATIONS = no-sas no-eac $(if $(strip $(CHOICE_FIRST)),by-preference,choice-first)
 ABLATIONS += $(if $(filter verdicts,$(GUIDED)),reasons,no-reasons $(if $(filter-out $(MODEL),$(CRITIC)),self-critic))
 ABLATIONS += $(if $(strip $(RECOVER)),recover-only)
-study: ## all, then its control more-sft, its ablations, SAND acting at once and base with one example: the README's main table
+study: ## all, then its control more-sft, its ablations, SAND acting at once and base with one example, in one report
 	$(MAKE) all
 	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
 	$(foreach v,$(ABLATIONS),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(call evals,$(R)/base-example $(AT_ONCE))
