@@ -14,7 +14,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.slow
 SMALLEST = ["RUN=t", "TASKS=2", "TEST_TASKS=1", "ITERS=1", "N=2", "MAX_TURNS=4", "MAX_TOKENS=24", "EPOCHS=1",
-            "TYPES=lifespan-longest-lived"]
+            "TYPES=lifespan-longest-lived", "TEMPERATURE=1"]
 ITERATION = ["stage1_sample", "stage2_rollout", "stage3_critique", "stage4_synthesize", "stage5_finetune", "evaluate run"]
 
 
@@ -125,10 +125,10 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("TASKS=3", ["stage0_sft expert", "stage0_sft train", "evaluate run", *ITERATION]),
     ("CRITIC=some/other", ITERATION[2:]),
     ("GUIDED=verdicts", ITERATION[2:]),
-    ("MASK_REJECTED=1", ITERATION[4:]),
+    ("MASK_REJECTED=", ITERATION[4:]),
     ("RECOVER=2", ITERATION[1:]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
-    ("CHOICE_FIRST=1", ITERATION[3:]),
+    ("CHOICE_FIRST=", ITERATION[3:]),
     ("SFT_EPOCHS=2", ["stage0_sft train", "evaluate run", *ITERATION]),
     ("LATER_EPOCHS=2", []),
     ("ITERS=2", ITERATION),
@@ -265,11 +265,11 @@ def test_a_study_is_the_run_its_control_and_its_ablations(project):
         _, stdout, stderr = project.make("-n", "study", *variables)
         assert "Error" not in stderr
         return re.findall(r"^\S*make all(?: VARIANT=(\S+))?", stdout.replace("&& make", "\nmake"), re.MULTILINE)
-    always = ["", "more-sft", "no-sas", "no-eac", "choice-first"]
-    assert variants() == [*always, "no-reasons"]
-    assert variants("CRITIC=some/other") == [*always, "no-reasons", "self-critic"]
-    assert variants("CHOICE_FIRST=1") == [*always[:-1], "by-preference", "no-reasons"]
-    assert variants("CRITIC=some/other", "GUIDED=verdicts", "RECOVER=1") == [*always, "reasons", "recover-only"]
+    always = ["", "more-sft", "no-sas", "no-eac"]
+    assert variants() == [*always, "by-preference", "no-reasons", "recover-only"]
+    assert variants("CRITIC=some/other", "RECOVER=") == [*always, "by-preference", "no-reasons", "self-critic"]
+    assert variants("CHOICE_FIRST=") == [*always, "choice-first", "no-reasons", "recover-only"]
+    assert variants("CRITIC=some/other", "GUIDED=verdicts") == [*always, "by-preference", "reasons", "recover-only"]
 
 
 def test_only_who_is_asked_is_named_as_the_judge(project):
