@@ -30,7 +30,8 @@ ifneq ($(filter laptop small,$(PROFILE)),)
 MODEL ?= $(PACKAGED)
 MAX_LIVE ?= 16
 SHOWN_STEPS ?= 2
-# At temperature 1 it slips at most steps, and lists of slips are not to be learnt; what to do after a refusal is.
+# At temperature 1 so small a model slips at most steps, and lists of slips are not to be learnt; what to do after a refusal
+# is.
 TEMPERATURE ?= 0.5
 RECOVER ?= 4
 MASK_REJECTED ?= 1

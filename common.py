@@ -1321,8 +1321,8 @@ class LocalEngine:
             # cache, and a turn is shorter than the default 128 tokens.
             options = {"enforce_eager": True, "dtype": "bfloat16" if bfloat16_is_fast() else "float32",
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len, "block_size": 32}
-        own = {"model": model, "max_model_len": max_model_len, "seed": seed}
-        own |= {"disable_log_stats": False}  # `usage` reads them
+        own = {"model": model, "max_model_len": max_model_len, "seed": seed,
+               "disable_log_stats": False}  # `usage` reads them
         options |= own | {"enable_prefix_caching": True, "use_tqdm_on_load": False, "generation_config": "vllm"}
         if unknown := (engine_args or {}).keys() - (EngineArgs.__dataclass_fields__.keys() - own.keys()):
             raise UserError("vLLM does not take these --engine-args, or they are set by the stage or another option: "
@@ -1423,11 +1423,13 @@ class LocalEngine:
         counted = {metric.name: metric.value for metric in self.engine.get_metrics() if "prefix_cache" in metric.name}
         rate = counted["vllm:prefix_cache_hits"] / max(1, counted["vllm:prefix_cache_queries"])
         return (f"{self.tokens_in} tokens of prompts in (prefix cache hit rate {100 * rate:.0f} %), "
-                f"{self.tokens_out} tokens out{endless_outputs(self)}")
+                f"{written_by(self)}")
 
 
-def endless_outputs(engine) -> str:
-    return f", {engine.endless} outputs ended since they repeated themselves without end" if engine.endless else ""
+def written_by(engine) -> str:
+    """What either engine says of its outputs."""
+    endless = f", {engine.endless} outputs ended since they repeated themselves without end" if engine.endless else ""
+    return f"{engine.tokens_out} tokens out{endless}"
 
 
 class ServerEngine:
@@ -1529,7 +1531,7 @@ class ServerEngine:
         return finished
 
     def usage(self) -> str:
-        return f"{self.tokens_in} tokens of prompts in, {self.tokens_out} tokens out{endless_outputs(self)}"
+        return f"{self.tokens_in} tokens of prompts in, {written_by(self)}"
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperature: float, max_tokens: int) -> None:

@@ -17,15 +17,13 @@ from common import (ChatFormat, LocalEngine, ServerEngine, UserError, bfloat16_i
                     make_engine, parse_turn, training_sequences)
 from conftest import MODEL
 from evaluate import AT_ONCE
+from test_stages import ROW
 
 pytestmark = pytest.mark.slow
 # Greedy, the model prefers each token of "The capital of France is Paris." to the next best by at least 1.7 nats: far more
 # than kernels for different processors differ by. As a plain question it was 0.08, and the machine chose the answer.
 QUESTION = ["Complete the sentence: The capital of France is"]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "seed": 0}
-ROW = {"key": "a", "env": "scienceworld", "task": "scienceworld/find-animal/0", "split": "train", "reward": 1.0,
-       "instruction": "Find an animal.", "source": "test",
-       "steps": [{"thought": "I look.", "action": "look around", "observation": "a room"}]}
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +232,7 @@ def test_a_server_answers_like_the_engine_in_the_process(engine, server):
 
 
 def test_a_stage_runs_through_a_server(script, server, tmp_path):
-    (tmp_path / "expert.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | {"key": "b"}) + "\n")
+    (tmp_path / "expert.jsonl").write_text("".join(json.dumps(ROW | {"key": key}) + "\n" for key in "ab"))
     done = script("stage1_sample.py", "--api-base", server, "--model", "tiny", "--trajectories", "expert.jsonl",
                   "--explore", 1, "--out", "candidates.jsonl", "--n-samples", 2, "--max-tokens", 8, OPENAI_API_KEY="sk-secret")
     assert done.returncode == 0, done.stderr
