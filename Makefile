@@ -10,13 +10,52 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 # ---- Variables: `make all N=3 ITERS=2` ----
-PROFILE ?= laptop#        laptop: every part once on 2 cores; small: a night on 2 cores; paper: section 5.3's numbers
-ENV ?= scienceworld#      scienceworld or alfworld
-VARIANT ?=#               beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model
-#                         proposes the candidates; candidates without critiques), no-reasons or reasons (verdicts alone; with
-#                         CRITIC's reasons), self-critic (MODEL judges instead of CRITIC), choice-first or by-preference (lists
-#                         in the order that CHOICE_FIRST does not give them), recover-only (RECOVER without deliberations) or
-#                         more-sft (the expert data again, for as many tokens as SAND)
+# `make help` shows these lines with the current values.
+#: PROFILE        laptop: every part once on 2 cores; small: a night on 2 cores; paper: section 5.3's numbers
+#: ENV            scienceworld or alfworld
+#: RUN            the run's name: everything that it makes is in runs/RUN
+#: ITERS          iterations
+#: ITER           the iteration of `make iter`
+#: MODEL          the base model that is finetuned, a folder or a hub name
+#: CRITIC         the frozen base model of stages 3 and 4
+#: TASKS          so many expert trajectories are tried, task types taking turns; empty: all
+#: TYPES          only these task types, A,B; empty: all
+#: TEST_TASKS     so many test tasks a split; empty: all
+#: MAX_TURNS      a turn limit below the published ones
+#: PUBLISHED      a published expert file to import instead of collecting experts
+#: N              actions sampled a step
+#: TEMPERATURE    of samples and rollouts
+#: EXPLORE        samples and rollouts along so many experts only, in each iteration first along those that do not deliberate
+#:                yet; empty: all
+#: RECOVER        e.g. 4: where a sample is refused, the policy tries on until so many have been, and the deliberation goes on
+#:                from there
+#: EXTRA_TURNS    a rollout ends so many turns after the expert would have been done; empty: at the turn limit
+#: GUIDED         no, or for small base models reasons (verdicts come from the rollouts, the base model gives the reasons) or
+#:                verdicts (no model is asked, reasons are the old thoughts)
+#: SHOWN_STEPS    steps of a history or a future that a base model is shown; empty: all
+#: CHOICE_FIRST   1: a list begins with the expert's action, but for what was tried; empty: with what the policy sampled most
+#: EPOCHS         of the first iteration
+#: SFT_EPOCHS     of SFT
+#: LATER_EPOCHS   of the second iteration and the later ones
+#: LEARNING_RATE  its highest; it warms up and falls as a cosine
+#: BATCH          trajectories a training step
+#: LORA_RANK      0 trains all weights
+#: MASK_REJECTED  1: a policy is taught to judge the mistakes that its lists begin with, not to make them
+#: MAX_TOKENS     most tokens of a turn
+#: MAX_LIVE       requests or episodes in flight
+#: ENGINE_ARGS    more of vLLM's EngineArgs, such as '{"tensor_parallel_size": 2}'
+#: LAUNCH         how training starts, such as `.venv/bin/accelerate launch --use_fsdp`
+#: SEED           of everything
+#: VARIANT        beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model proposes the
+#:                candidates; candidates without critiques), no-reasons or reasons (verdicts alone; with CRITIC's reasons),
+#:                self-critic (MODEL judges instead of CRITIC), choice-first or by-preference (lists in the order that
+#:                CHOICE_FIRST does not give them), recover-only (RECOVER without deliberations) or more-sft (the expert data
+#:                again, for as many tokens as SAND)
+#: RUNS           the runs that `make report` compares
+#: K              tries a task of `make baselines`
+PROFILE ?= laptop
+ENV ?= scienceworld
+VARIANT ?=
 PACKAGED := models/SmolLM2-135M-Instruct
 PACKAGED_CRITIC := models/Qwen2.5-Coder-0.5B-Instruct
 
@@ -99,34 +138,22 @@ endif
 ifeq ($(filter scienceworld alfworld,$(ENV)),)
 $(error ENV is '$(ENV)'; it can be scienceworld or alfworld)
 endif
-EPOCHS ?= 3#              of SFT and of the first iteration
-SFT_EPOCHS ?= $(EPOCHS)#  of SFT, where they differ
+EPOCHS ?= 3
+SFT_EPOCHS ?= $(EPOCHS)
 LATER_EPOCHS ?= 1
-CRITIC ?= $(MODEL)#       the frozen base model of stages 3 and 4
-GUIDED ?= no#             for small base models. reasons: verdicts come from the rollouts, the base model gives the
-#                         reasons; verdicts: no model is asked, reasons are the old thoughts
+CRITIC ?= $(MODEL)
+GUIDED ?= no
 ifeq ($(filter no reasons verdicts,$(GUIDED)),)
 $(error GUIDED is '$(GUIDED)'; it can be no, reasons or verdicts)
 endif
 ifneq ($(filter 0,$(EXPLORE) $(RECOVER)),)
 $(error EXPLORE and RECOVER can be empty, for all and for none, or 1 and more)
 endif
-CHOICE_FIRST ?=#          1: a list begins with the expert's action, but for what was tried; empty: with what the policy
-#                         sampled most
-MASK_REJECTED ?=#         1: a policy is taught to judge the mistakes that its lists begin with, not to make them
-RECOVER ?=#               e.g. 4: where a sample is refused, the policy tries on until so many have been, and the deliberation
-#                         goes on from there
-ITER ?= 1#                the iteration of `make iter`
-TEMPERATURE ?= 1.0#       of sampling and rollouts
-EXPLORE ?=#               stages 1 and 2 go through so many of the experts only, each iteration first through those that
-#                         do not deliberate yet; empty: all
-EXTRA_TURNS ?=#           a rollout ends so many turns after the expert would have been done; empty: at the turn limit
-ENGINE_ARGS ?=#           more of vLLM's EngineArgs, such as '{"tensor_parallel_size": 2}'
+ITER ?= 1
+TEMPERATURE ?= 1.0
 SEED ?= 0
-K ?= 5#                   tries a task of `make baselines`
-RUNS ?=#                  the runs that `make report` compares
-PUBLISHED ?=#             a published expert file to import instead of collecting experts
-LAUNCH ?= $(PYTHON)#      how training starts, e.g. `accelerate launch --use_fsdp`
+K ?= 5
+LAUNCH ?= $(PYTHON)
 
 # ALFWorld's games: ALFWORLD_DATA, the package's own folder, else the practice games, which say so in the run's name.
 ifeq ($(ENV),alfworld)
@@ -137,7 +164,7 @@ endif
 PRACTICE := $(if $(findstring practice,$(ALFWORLD_DATA)),-practice)
 SWITCH := --expert-switch
 endif
-RUN ?= $(PROFILE)-$(ENV)$(PRACTICE)#  the run's name: everything it makes is in runs/RUN
+RUN ?= $(PROFILE)-$(ENV)$(PRACTICE)
 
 R := runs/$(strip $(RUN))
 I := $(R)$(if $(strip $(VARIANT)),/$(strip $(VARIANT)))
@@ -152,9 +179,13 @@ TASK_TABLE := $(if $(filter scienceworld,$(ENV)),prompts/scienceworld_tasks.txt)
 all: $(R)/report.md ## all iterations and evaluations, then report.md with its table of average rewards
 iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-unseen.jsonl ## only iteration ITER, only its stale stages
 
-help: ## this list, and the variables with their current values
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
-	@echo; $(foreach v,PROFILE ENV VARIANT MODEL CRITIC RUN ITER ITERS N TEMPERATURE EXPLORE EXTRA_TURNS TASKS TYPES TEST_TASKS MAX_TURNS MAX_TOKENS MAX_LIVE ENGINE_ARGS SHOWN_STEPS GUIDED CHOICE_FIRST MASK_REJECTED RECOVER SFT_EPOCHS EPOCHS LATER_EPOCHS LEARNING_RATE BATCH LORA_RANK SEED K RUNS PUBLISHED LAUNCH,printf '  %-14s %s\n' '$v' '$(strip $($v))';)
+help: ## this list, and what the variables mean, with their current values
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 17
+	@echo
+	@$(foreach v,$(shell sed -nE 's/^\#: ([A-Z_]+).*/\1/p' Makefile),$v='$(strip $($v))') awk ' \
+		/^#: [A-Z]/ { if (name) print line " [" ENVIRON[name] "]"; name = $$2; line = " " substr($$0, 3); next } \
+		/^#: / { print line; line = " " substr($$0, 3) } \
+		END { print line " [" ENVIRON[name] "]" }' Makefile
 
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages

@@ -237,9 +237,13 @@ def test_a_finished_run_is_as_it_was_made_until_something_changes(project):
         (project.run / "aside").rename(weights)
 
 
-def test_help_lists_targets_and_current_values(project):
-    status, stdout, _ = project.make("help")
-    assert status == 0 and "make all" in stdout and re.search(r"^  RUN +t$", stdout, re.MULTILINE)
+def test_help_explains_targets_and_variables_and_shows_their_values(project):
+    status, stdout, _ = project.make("help", "TASKS=3")
+    assert status == 0 and "make all" in stdout
+    assert re.search(r"^  RUN +\S.* \[t\]$", stdout, re.MULTILINE) and re.search(r"^  TASKS +\S.* \[3\]$", stdout, re.MULTILINE)
+    explained = set(re.findall(r"^  ([A-Z_]+) ", stdout, re.MULTILINE))
+    settable = set(re.findall(r"^([A-Z_]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert settable - {"ALFWORLD_DATA"} <= explained
 
 
 def test_an_ablation_leaves_out_its_stages_and_leaves_the_run_as_it_is(project):
