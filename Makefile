@@ -44,7 +44,7 @@ SHELL := /bin/bash
 #: MAX_TOKENS     most tokens of a turn
 #: MAX_LIVE       requests or episodes in flight
 #: ENGINE_ARGS    more of vLLM's EngineArgs, such as '{"tensor_parallel_size": 2}'
-#: LAUNCH         how training starts, such as `.venv/bin/accelerate launch --use_fsdp`
+#: LAUNCH         how training starts: Python, or accelerate's launcher for several devices
 #: SEED           of everything
 #: VARIANT        beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model proposes the
 #:                candidates; candidates without critiques), no-reasons or reasons (verdicts alone; with CRITIC's reasons),
@@ -131,7 +131,9 @@ LEARNING_RATE ?= 1e-5
 BATCH ?= 64
 LORA_RANK ?= 0
 MAX_TOKENS ?= 1024
-MAX_LIVE ?= 64
+MAX_LIVE ?= 128
+# With Adam's state eight billion weights do not fit on one GPU.
+LAUNCH ?= $(VENV)/bin/accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
 else
 $(error PROFILE is '$(PROFILE)'; it can be laptop, small or paper)
 endif

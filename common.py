@@ -41,6 +41,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing.connection import wait as wait_for_connections
 from pathlib import Path
 
@@ -1305,8 +1306,9 @@ class LocalEngine:
         check_model_folder(model)
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
                             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-                            "OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false",
-                            "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
+                            # A fork would keep the environments' pipes open, so that these would not end with them.
+                            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+                            "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
             os.environ.setdefault(name, value)
         import logging
         import warnings
@@ -1314,8 +1316,10 @@ class LocalEngine:
         warnings.filterwarnings("ignore", category=FutureWarning)
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         options: dict = {}
         if current_platform.is_cpu():
+            os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # else vLLM computes with a single one
             # Eager: compiling takes minutes. Whole prompts: with chunked ones vLLM 0.32 fails on a request that has a
             # seed ("CPU Generator does not use offset"). Small blocks: only whole ones are found again in the prefix
             # cache, and a turn is shorter than the default 128 tokens.
@@ -1327,8 +1331,12 @@ class LocalEngine:
         if unknown := (engine_args or {}).keys() - (EngineArgs.__dataclass_fields__.keys() - own.keys()):
             raise UserError("vLLM does not take these --engine-args, or they are set by the stage or another option: "
                             f"{', '.join(map(repr, sorted(unknown)))}")
+        if (engine_args or {}).get("data_parallel_size", 1) != 1:
+            raise UserError("--engine-args: data_parallel_size needs a server; start `vllm serve` with it and give --api-base")
         try:
-            self.engine = LLMEngine.from_engine_args(EngineArgs(**options | (engine_args or {})))
+            # What vLLM's LLM says of itself, for batches as large; an engine of no context gets 128 requests at most.
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**options | (engine_args or {})),
+                                                     usage_context=UsageContext.LLM_CLASS)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split("\n", 3)[:3])  # pydantic names the argument in the second line
             raise UserError(f"vLLM cannot load the model '{model}': {reason}") from None
@@ -1797,6 +1805,7 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
 # Finetuning
 # ----------------------------------------------------------------------------------------------------------------
 
+SHARDED = "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
 CHECKPOINTS = 5  # of a training; a kill costs the steps since the last one
 WARM_UP = 0.1  # of the steps; at the full rate from the first on, Adam undoes more than it learns
 
@@ -1871,10 +1880,16 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
         raise UserError(f"--batch-size {args.batch_size} is no multiple of the {together} trajectories that all devices take "
                         "at once; change it or --micro-batch-size")
     steps = args.epochs * len(sequences) / args.batch_size
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded and args.lora_rank:
+        raise UserError("--lora-rank: an adapter is merged into whole weights, and FSDP shards them; train all weights, or "
+                        "launch with `accelerate launch --multi_gpu`")
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=round(WARM_UP * steps), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.batch_size // together,
+        # Else each device holds whole gradients, in bf16, while it accumulates.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
         gradient_checkpointing=on_gpu and large, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
         # Tasks of one type are of about one length: grouped, a step learns from few of them. Only padding is worth that.
         train_sampling_strategy="group_by_length" if args.micro_batch_size > 1 else "random",
@@ -1903,6 +1918,7 @@ def _finetune(args: argparse.Namespace) -> None:
     trajectories = read_rows(args.data, TRAJECTORY)
     check_model_folder(args.model)
     import torch
+    from accelerate import PartialState
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
@@ -1913,6 +1929,9 @@ def _finetune(args: argparse.Namespace) -> None:
     out = Path(args.out)
     part = out.with_name(out.name + ".part")
     started = time.time()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Of processes that know of each other only one reads the weights, where the model is sharded.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -1940,13 +1959,15 @@ def _finetune(args: argparse.Namespace) -> None:
     finished = part / "finished"
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-        model = trainer.model.merge_and_unload() if args.lora_rank else trainer.model
-        trainer.model = model if trainer.args.world_size > 1 else model.to(stored_as)
-        trainer.save_model(str(finished))
+        model = trainer.model.merge_and_unload() if args.lora_rank else trainer.model_wrapped
+        weights = trainer.accelerator.get_state_dict(model)  # from all devices, whole in the main process
         if not main_process:
             return
-        (finished / "training_args.bin").unlink()  # a pickle; training.json says the same
+        save_checkpoint(weights, trainer.model, stored_as, finished)
         tokenizer.save_pretrained(finished)
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory; lower --micro-batch-size or --max-model-len, or shard the model with `{SHARDED}`, "
+                        "Makefile's LAUNCH; the same command goes on from the last checkpoint") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStream" not in str(error):
             raise
@@ -1968,6 +1989,21 @@ def _finetune(args: argparse.Namespace) -> None:
           f"{args.max_model_len} tokens) x {args.epochs:g} epochs, "
           f"{trainer.state.global_step} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; {out}; "
           f"{duration(time.time() - started)}")
+
+
+def save_checkpoint(weights: dict, trained, dtype, folder: Path) -> None:
+    """Write whole `weights` as a plain checkpoint in `dtype`, with the configuration of the `trained` model.
+
+    That may be sharded, so a new one takes them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(trained.config, dtype=dtype)
+    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    model.tie_weights()
+    model.generation_config = trained.generation_config
+    model.save_pretrained(folder)
 
 
 def training_record(model: str) -> Path:

@@ -92,6 +92,8 @@ def test_vllms_own_arguments_reach_it_and_one_that_it_does_not_know_is_named(eng
     for name in "no_such_thing", "max_model_len":
         with pytest.raises(UserError, match=f"these --engine-args.*'{name}'"):
             LocalEngine(MODEL, 2048, 0, {name: 1})
+    with pytest.raises(UserError, match="start `vllm serve` with it and give --api-base"):
+        LocalEngine(MODEL, 2048, 0, {"data_parallel_size": 2})
     with pytest.raises(UserError, match="with --api-base give them to the server"):
         make_engine(Namespace(api_base="http://localhost:8000/v1", model="m", engine_args={"max_num_seqs": 64}))
 

@@ -1,6 +1,9 @@
 """What a user can rely on when a stage is run by hand: bad input is one line that says what to do, and costs nothing."""
 
 import json
+import os
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
@@ -291,6 +294,34 @@ def test_a_training_of_a_single_step_learns(script, tmp_path, tiny_model):
     assert done.returncode == 0, done.stderr
     before, after = (AutoModelForCausalLM.from_pretrained(folder).parameters() for folder in (tiny_model, tmp_path / "out"))
     assert any(not theirs.equal(ours) for theirs, ours in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--lora-rank", 4), ()], ids=["LoRA", "all weights"])
+def test_two_processes_train_as_one_does(script, tmp_path, tiny_model, options):
+    from transformers import AutoModelForCausalLM
+    write(tmp_path / "expert.jsonl", *(ROW | {"key": key, "instruction": f"Find {key}."} for key in "abcdefgh"))
+    train = ("stage0_sft.py", "train", "--model", tiny_model, "--data", "expert.jsonl", "--epochs", 2, "--batch-size", 4,
+             "--learning-rate", 1e-3, *options)
+    assert script(*train, "--out", "alone").returncode == 0
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / train[0])
+    done = subprocess.run([sys.executable, *map(str, launch + train[1:]), "--out", "together"], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    alone, together = (json.loads((tmp_path / out / "training.json").read_text()) for out in ("alone", "together"))
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4) and len(alone["losses"]) == 4
+    assert (tmp_path / "together" / "config.json").read_bytes() == (tmp_path / "alone" / "config.json").read_bytes()
+    alone, together = (AutoModelForCausalLM.from_pretrained(tmp_path / out) for out in ("alone", "together"))
+    for theirs, ours in zip(alone.parameters(), together.parameters(), strict=True):
+        assert theirs.allclose(ours, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_sharded_model_is_refused_before_it_is_trained(script, tmp_path, tiny_model):
+    write(tmp_path / "expert.jsonl", ROW)
+    done = script("stage0_sft.py", "train", "--model", tiny_model, "--data", "expert.jsonl", "--out", "out", "--lora-rank", 4,
+                  "--batch-size", 1, ACCELERATE_USE_FSDP="true")
+    assert done.returncode == 2 and "--lora-rank" in done.stderr and "FSDP shards them" in done.stderr
 
 
 @pytest.mark.slow
