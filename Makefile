@@ -42,6 +42,7 @@ SHELL := /bin/bash
 #: LORA_RANK      0 trains all weights
 #: MASK_REJECTED  1: a policy is taught to judge the mistakes that its lists begin with, not to make them
 #: MAX_TOKENS     most tokens of a turn
+#: MAX_MODEL_LEN  longest context in tokens, in training too; empty: 8192
 #: MAX_LIVE       requests or episodes in flight
 #: ENGINE_ARGS    more of vLLM's EngineArgs, such as '{"tensor_parallel_size": 2}'
 #: LAUNCH         how training starts: Python, or accelerate's launcher for several devices
@@ -131,6 +132,8 @@ LEARNING_RATE ?= 1e-5
 BATCH ?= 64
 LORA_RANK ?= 0
 MAX_TOKENS ?= 1024
+# Deliberations of long trajectories go beyond 8192.
+MAX_MODEL_LEN ?= 16384
 MAX_LIVE ?= 128
 # With Adam's state eight billion weights do not fit on one GPU.
 LAUNCH ?= $(VENV)/bin/accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
@@ -234,16 +237,17 @@ $1: $(if $(call same,$(strip $(file <$1)),$(strip $2)),,FORCE)
 endef
 SELECT = $(if $(TYPES),--task-types $(strip $(TYPES))) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
 EXPERT_OPTIONS = --env $(strip $(ENV)) $(if $(TASKS),--num-tasks $(strip $(TASKS))) $(SELECT) $(if $(strip $(PUBLISHED)),--published $(strip $(PUBLISHED)))
-TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED))
+CONTEXT = $(addprefix --max-model-len ,$(strip $(MAX_MODEL_LEN)))
+TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED)) $(CONTEXT)
 ENGINE = --max-live $(strip $(MAX_LIVE)) $(if $(strip $(ENGINE_ARGS)),--engine-args '$(strip $(ENGINE_ARGS))')
 FINETUNE_OPTIONS = $(TRAIN_OPTIONS) $(if $(strip $(MASK_REJECTED)),--mask-rejected)
-SAMPLE_OPTIONS = --n-samples $(strip $(N)) $(addprefix --explore ,$(strip $(EXPLORE))) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED))
-ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) $(addprefix --refusals ,$(strip $(RECOVER))) --seed $(strip $(SEED))
-BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED))
+SAMPLE_OPTIONS = --n-samples $(strip $(N)) $(addprefix --explore ,$(strip $(EXPLORE))) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED)) $(CONTEXT)
+ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) $(addprefix --refusals ,$(strip $(RECOVER))) --seed $(strip $(SEED)) $(CONTEXT)
+BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED)) $(CONTEXT)
 REFUSALS = $(if $(filter recover-only,$(VARIANT)),--recover-only,$(if $(strip $(RECOVER)),--recover))
 ORDER = $(if $(filter by-preference,$(VARIANT)),,$(if $(strip $(CHOICE_FIRST))$(filter choice-first,$(VARIANT)),--choice-first))
 SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH) $(REFUSALS)) $(ORDER))
-EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS))
+EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS)) $(CONTEXT)
 $(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(SFT_EPOCHS) $(TRAIN_OPTIONS)))
 $(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
@@ -347,7 +351,7 @@ FOLDERS = $(R) $(R)/base $(R)/base-example $(R)/iter0/best-of-$(strip $(K)) $(AT
 
 # Whatever else was evaluated in this run: baselines, variants.
 EVALUATIONS = $(wildcard $(R)/*/eval-*.jsonl $(R)/*/*/eval-*.jsonl)
-$(R)/report.md: $(call evals,$(R)/base $(foreach k,0 $(ITERATIONS),$(call folder,$k))) $(EVALUATIONS) evaluate.py common.py
+$(R)/report.md: $(call evals,$(R)/base $(if $(filter paper,$(PROFILE)),$(R)/base-example) $(foreach k,0 $(ITERATIONS),$(call folder,$k))) $(EVALUATIONS) evaluate.py common.py
 	$(PYTHON) evaluate.py report $(R)
 
 report: ## report.md and its figures from the evaluations that RUN has, or one table of RUNS="a b"

@@ -605,6 +605,13 @@ LEAKS = re.compile(r"\b(?:simulat\w*|imagin\w*|scratch-?pads?|rollouts?|private(
 SENTENCE = re.compile(r"\S(?:[^.!?\n]|[.!?](?!\s|$))*[.!?]+(?=\s|$)")  # 0.5 does not end one
 
 
+def without_names(text: str, actions: Collection[str]) -> str:
+    """The text with each action's name, which is the environment's, as one word: it may hold any word and occur often."""
+    numbers = {normalise(action): f"<{number}>" for number, action in enumerate(actions)}
+    names = "|".join(re.escape(name) for name in sorted(numbers, key=len, reverse=True))
+    return re.sub(rf"\b(?:{names})(?!\w)", lambda found: numbers[found[0].lower()], text, flags=re.IGNORECASE)
+
+
 def leak_in(text: str) -> bool:
     """Whether the text speaks of the prompt or of what was only imagined."""
     return bool(LEAKS.search(text))
@@ -1662,11 +1669,12 @@ def turn_of(output: Output) -> dict:
 
 
 def retry_sampling(args: argparse.Namespace, key: str, attempt: int, form: str) -> dict:
-    """Sampling options of the base model: as asked at first, then with a little temperature and held to a form, a regular
-    expression; with --guided, held to it from the first."""
+    """Sampling options of the base model: as asked at first, then with a little temperature, and at last held to a form, a
+    regular expression; with --guided, held to it from the first."""
+    last = 0 < attempt == args.attempts - 1
     return {"temperature": args.temperature if attempt == 0 else max(0.5, args.temperature),
             "max_tokens": args.max_tokens, "seed": stable_seed(args.seed, key, attempt),
-            "regex": form if attempt or args.guided else None}
+            "regex": form if last or args.guided else None}
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -414,8 +414,12 @@ def step_section(models: dict) -> list[str]:
 
 
 def band_rates(models: dict) -> dict[str, dict[str, list[float]]] | None:
-    """Figure 4's data: {SAND-k: {band: deliberation rate of each unseen task}}; None where there are no bands."""
-    bands = difficulty_bands(models["base"]["unseen"]) if "base" in models else None
+    """Figure 4's data: {SAND-k: {band: deliberation rate of each unseen task}}; None where there are no bands.
+
+    The paper's base has an example in its prompt (section 5.2); the one without stands in for it.
+    """
+    base = models.get("base, one example") or models.get("base")
+    bands = difficulty_bands(base["unseen"]) if base else None
     if bands is None or "SAND-1" not in models:
         return None
     return {name: {band: [deliberation_rate(row) for row in splits["unseen"] if row["task"] in tasks]

@@ -68,8 +68,9 @@ def is_flagged(actions: list[dict], samples: list[dict]) -> bool:
 
 
 def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> dict:
-    """The row of step t; one whose request failed has no samples, says why, and is not flagged."""
-    if failure(outputs[0].finish):
+    """The row of step t; one whose request failed, or whose history fills the context, has no samples, says why, and is not
+    flagged."""
+    if failure(outputs[0].finish) or outputs[0].finish == "context":
         return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": [],
                 "actions": distinct_actions(trajectory["steps"][t - 1], []), "flagged": False, "failed": outputs[0].finish}
     samples = [{name: turn[name] for name in ("thought", "action")} for turn in map(turn_of, outputs)]
@@ -110,7 +111,7 @@ def main() -> None:
     print(f"{len(trajectories)} trajectories -> {len(rows)} steps, {share(len(flagged), len(rows))} flagged, "
           f"{sum(len(row['actions']) for row in flagged)} distinct actions in them, "
           f"{share(invalid, len(rows) * args.n_samples)} samples invalid"
-          f"{f', {failed} steps without samples, since the server failed' if failed else ''}; {args.out}; "
+          f"{f', {failed} steps without samples: the server failed or the context was full' if failed else ''}; {args.out}; "
           f"{duration(time.time() - started)}")
 
 

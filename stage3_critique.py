@@ -5,8 +5,8 @@
 
 The frozen base model judges every rolled out action in the light of what came of it: c_t ~ pi_base(. | a^_t, e^_t, r_t,
 Prompt_c) (equation 5), at temperature 0. The prompt is prompts/critique.txt. What it writes is checked; a critique that
-fails is sampled again at temperature 0.5, its form then held by a regular expression, and after the last attempt
-replaced by a plain sentence made of validity and reward. One row a rollout, with the same key:
+fails is sampled again at temperature 0.5, at the last attempt with its form held by a regular expression that begins with
+the verdict, and then replaced by a plain sentence made of validity and reward. One row a rollout, with the same key:
 
     {"key": "scienceworld/find-animal/12/step3/2", "candidate": "scienceworld/find-animal/12/step3",
      "action": "focus on bee", "critique": "Focusing on the bee is possible here. ...",
@@ -23,7 +23,7 @@ from collections import Counter
 from common import (GUIDED, REASON, REFUSED, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
                     copies, duration, failure, failures_last, fill_dialogue, first_sentences, generate_checked, is_cut_off,
                     leak_in, literally, make_engine, progress, prompt_path, read_rows, repeats_itself, retry_sampling,
-                    run_stage, settings_of, share, steps_text)
+                    run_stage, settings_of, share, steps_text, without_names)
 
 TAG = "Action Evaluation:"
 POSSIBLE = re.compile(r"\bis (?:also |indeed |quite )?(?:possible|valid|feasible)\b", re.IGNORECASE)
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
     parser.add_argument("--guided", choices=GUIDED, help="for small base models, which else judge as the wind blows: hold "
-                        "the first try to the form of a retry, the verdict that follows from the rollout and the model's "
+                        "every try to the form of the last, the verdict that follows from the rollout and the model's "
                         "reason; or verdicts alone, for which no model is asked")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history and the first "
                         "K of the future, for base models that lose the thread in long prompts; default: all")
@@ -46,9 +46,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def critique_prompt(rollout: dict, trajectory: dict, shown: int | None) -> list[str]:
-    """Prompt_c: the task, the history h_{t-1}, the action with the observations that followed, and the final reward."""
+    """Prompt_c: the task, the history h_{t-1}, the action with the observations that followed, and the final reward; where
+    the action was refused, the rollout ended there and the reward is none of it."""
     step = int(rollout["candidate"].rsplit("/step", 1)[1])
-    outcome = f"{steps_text(rollout['steps'][:shown])}\nFinal reward: {rollout['reward']:.2f} of 1"
+    end = f"Final reward: {rollout['reward']:.2f} of 1" if rollout["valid"] else "The action was refused; nothing has changed."
+    outcome = f"{steps_text(rollout['steps'][:shown])}\n{end}"
     return fill_dialogue("critique", task=trajectory["instruction"], action=rollout["action"], rollout=outcome,
                          history=steps_text(trajectory["steps"][:step - 1], last=shown))
 
@@ -61,7 +63,7 @@ def critique_form(rollout: dict) -> str:
 
 def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[str, str | None]:
     """(the paragraph after the tag, at most three sentences long; None or why it is of no use)."""
-    _, tag, text = output.text.partition(TAG)
+    _, tag, text = output.text.replace("**", "").partition(TAG)  # larger models like their tags in bold
     text = text.strip()
     if not tag:
         return text, "no tag"
@@ -70,15 +72,16 @@ def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[st
     text = first_sentences(text.split("\n\n")[0], 3)
     if len(text.split()) < 5:
         return text, "too short"
-    if leak_in(text):
+    own_words = without_names(text, [rollout["action"]])
+    if leak_in(own_words):
         return text, "speaks of the simulation"
-    if repeats_itself(text):
+    if repeats_itself(own_words):
         return text, "repeats itself"
     if copies(text, prompt):
         return text, "copies the prompt"
     if is_cut_off(text):
         return text, "cut off"
-    if (IMPOSSIBLE if rollout["valid"] else POSSIBLE).search(text):
+    if (IMPOSSIBLE if rollout["valid"] else POSSIBLE).search(first_sentences(text, 1)):  # others may be of other actions
         return text, "contradicts the environment"
     return text, None
 
@@ -143,8 +146,11 @@ def main() -> None:
         rows = [output.done[key] for key in rollouts]
         fallbacks = sum(row["fallback"] for row in rows)
         reasons = Counter(reason for row in rows for reason in row["refused"])
-        output.finish(rows, {"fallbacks": fallbacks, "refused attempts": reasons})
-    print(f"{len(rows)} critiques, {share(fallbacks, len(rows))} fell back to a plain sentence; refused attempts: "
+        # With --guided all are held to their form.
+        held = 0 if args.guided else sum(not row["fallback"] and 0 < len(row["refused"]) == args.attempts - 1 for row in rows)
+        output.finish(rows, {"fallbacks": fallbacks, "held to the form": held, "refused attempts": reasons})
+    print(f"{len(rows)} critiques, {share(fallbacks, len(rows))} fell back to a plain sentence"
+          f"{f', {held} were held to the form' if held else ''}; refused attempts: "
           f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; {args.out}; "
           f"{duration(time.time() - started)}")
 

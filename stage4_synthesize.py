@@ -6,8 +6,8 @@
 
 For every flagged step the frozen base model writes one deliberation thought from the candidate actions and their
 critiques, z~_t ~ pi_base(. | {(a^(n), c^(n))}, Prompt_d) (equation 6); it ends in the expert's action. The prompt is
-prompts/deliberation.txt. A thought that fails its checks is sampled again, its form then held by a regular expression;
-after the last attempt the step keeps its old thought. Unflagged steps keep theirs too (section 4.5).
+prompts/deliberation.txt. A thought that fails its checks is sampled again, at the last attempt with its form held by a
+regular expression; then the step keeps its old thought. Unflagged steps keep theirs too (section 4.5).
 
 Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. Steps that deliberate have
 "deliberated": true, those that fell back "fallback": [reasons]. With --expert-switch, a rollout whose reward beats the
@@ -35,7 +35,8 @@ from common import (CANDIDATES, CRITIQUE, GUIDED, REASON, REFUSED, ROLLOUT, TRAJ
                     add_engine_options, check_model, copies, duration, failure, failures_last, fill_dialogue,
                     first_sentences, generate_checked, is_cut_off, is_deliberation, is_valid, leak_in,
                     listed_candidates, literally, make_engine, normalise, parse_turn, progress, prompt_path, read_rows,
-                    repeats_itself, retry_sampling, run_stage, settings_of, share, stable_seed, steps_text)
+                    repeats_itself, retry_sampling, run_stage, settings_of, share, stable_seed, steps_text,
+                    without_names)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,10 +48,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rollouts", metavar="JSONL", help="what stage 2 wrote")
     parser.add_argument("--critiques", metavar="JSONL", help="what stage 3 wrote; default: candidates are not judged")
     parser.add_argument("--out", required=True, metavar="JSONL")
-    parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions")
+    parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions "
+                        "(collected experts all reach the full reward; published ones may not)")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
-    parser.add_argument("--guided", choices=GUIDED, help="for small base models: hold the first try to the form of a "
-                        "retry, in which critiques' first sentences are the judgements and the model gives the reason of "
+    parser.add_argument("--guided", choices=GUIDED, help="for small base models: hold every try to the form of the "
+                        "last, in which critiques' first sentences are the judgements and the model gives the reason of "
                         "the choice; or, where there are critiques, verdicts: no model is asked, the reason is the old "
                         "thought")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
@@ -62,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
                          "before the deliberation, and begin its list with the last of it")
     recover.add_argument("--recover-only", action="store_true", help="an ablation: show it before the old thought, and "
                          "deliberate nowhere")
-    add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=400)
+    add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=1024)
     args = parser.parse_args()
     if (args.recover or args.recover_only) and not (args.rollouts and args.critiques):
         parser.error("--recover and --recover-only need --rollouts and --critiques, which tell what was refused")
@@ -194,7 +196,7 @@ def whole_turn(item: dict, text: str) -> str:
     critiques as judgements and the expert's action at the end; any other is figure 6's whole text already."""
     text = text.strip()
     if not re.fullmatch(deliberation_form(item), text):
-        return text
+        return re.sub(r"^[*•] ", "- ", text.replace("**", ""), flags=re.MULTILINE)  # as larger models set lists
     *judged, choice = text.split("\n")
     return "\n".join([*(judged or judgements(item)), "", choice, f"Action: {item['action']}"])
 
@@ -219,9 +221,10 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
         return thought, "no action line" if not turn["action"] else "another action than the expert's"
     if not lists_its_candidates(thought, item):
         return thought, "bullets are not the candidates"
-    if leak_in(thought):
+    own_words = without_names(thought, [item["action"], *listed_candidates(thought)])
+    if leak_in(own_words):
         return thought, "speaks of the scratch-pad"
-    lines = [line.partition(": ")[2] if line.startswith("- ") else line for line in thought.split("\n")]
+    lines = [line.partition(": ")[2] if line.startswith("- ") else line for line in own_words.split("\n")]
     if any(map(repeats_itself, lines)):  # line by line: two actions may well deserve the same judgement
         return thought, "repeats itself"
     if copies(thought, prompt[:-1]):
@@ -338,15 +341,19 @@ def main() -> None:
                 step["fallback"] = written["refused"]
         results = list(output.done.values())
         fallbacks = sum(row["thought"] is None for row in results)
+        held = 0 if args.guided else sum(row["thought"] is not None and 0 < len(row["refused"]) == args.attempts - 1
+                                         for row in results)
         reasons = Counter(reason for row in results for reason in row["refused"])
         steps = [step for row in trajectories for step in row["steps"]]
         made = 0 if args.recover_only else len(plan)
         switched, deliberating, recovering = (sum(bool(row.get(name)) for row in rows) for name, rows in
                                               (("switched", trajectories), ("deliberated", steps), ("tried", steps)))
         output.finish([row | {"source": "deliberation"} for row in trajectories], {
-            "deliberations": made, "fallbacks": fallbacks, "refused attempts": reasons, "switched": switched,
+            "deliberations": made, "fallbacks": fallbacks, "held to the form": held, "refused attempts": reasons,
+            "switched": switched,
             "deliberating steps": deliberating, "steps after a refusal": recovering})
-    print(f"{made} deliberations, {share(fallbacks, made)} fell back to the old thought; refused attempts: "
+    print(f"{made} deliberations, {share(fallbacks, made)} fell back to the old thought"
+          f"{f', {held} were held to the form' if held else ''}; refused attempts: "
           f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; "
           f"{switched} trajectories switched; {share(deliberating, len(steps))} steps deliberate, {recovering} go on from a "
           f"refusal; {args.out}; {duration(time.time() - started)}")

@@ -65,6 +65,22 @@ def test_ordinary_words_are_no_leak():
     assert judge(f"Action Evaluation: {text}") == (text, None)
 
 
+def test_an_actions_own_name_is_no_leak_and_no_repetition():
+    action = "read recipe titled instructions to make salt water"
+    text = f"I {action} since I do not know them yet. Once I {action} I can begin."
+    assert judge(f"Action Evaluation: {text}", action=action) == (text, None)
+    assert judge(f"Action Evaluation: {text}")[1] == "speaks of the simulation"
+
+
+def test_another_action_may_be_called_impossible():
+    text = "Taking the mug is possible and useful here. To take it from an empty shelf is not possible."
+    assert judge(f"Action Evaluation: {text}") == (text, None)
+
+
+def test_a_tag_in_bold_is_one():
+    assert judge(f"**Action Evaluation:** {GOOD}") == (GOOD, None) == judge(f"**Action Evaluation**: {GOOD}")
+
+
 def test_praise_for_a_refused_action_contradicts_the_environment():
     assert judge(f"Action Evaluation: {GOOD}", valid=False)[1] == "contradicts the environment"
 
@@ -123,12 +139,13 @@ def test_a_deliberation_by_verdicts_begins_with_what_the_policy_would_have_done(
     assert by_verdicts(wordless).startswith("- take mug (blue) 1: There is none.\n")
 
 
-def test_retries_are_held_to_the_form_and_guided_first_tries_too():
-    options = argparse.Namespace(temperature=0.0, max_tokens=9, seed=0, guided=None)
-    first, second = (retry_sampling(options, "a", attempt, "form") for attempt in (0, 1))
-    assert (first["temperature"], first["regex"]) == (0, None) and (second["temperature"], second["regex"]) == (0.5, "form")
+def test_the_last_try_is_held_to_the_form_and_with_guided_the_first_too():
+    options = argparse.Namespace(temperature=0.0, max_tokens=9, seed=0, guided=None, attempts=3)
+    tries = [retry_sampling(options, "a", attempt, "form") for attempt in range(3)]
+    assert [(each["temperature"], each["regex"]) for each in tries] == [(0, None), (0.5, None), (0.5, "form")]
+    assert len({each["seed"] for each in tries}) == 3
     options.guided = "reasons"
-    assert retry_sampling(options, "a", 0, "form") == first | {"regex": "form"}
+    assert retry_sampling(options, "a", 0, "form") == tries[0] | {"regex": "form"}
 
 
 def test_the_critique_prompt_shows_history_action_future_and_reward():
@@ -136,6 +153,8 @@ def test_the_critique_prompt_shows_history_action_future_and_reward():
     assert all(part in prompt for part in ("Find a mug.", "It holds 1 spoons.", "It holds 2 spoons.", "You take it.",
                                            "Time passes.", "Final reward: 0.50 of 1"))
     assert "It holds 3 spoons." not in prompt  # step 3 is the one to judge
+    refused = critique_prompt(ROLLOUT | {"valid": False}, TRAJECTORY, None)[-1]
+    assert "The action was refused" in refused and "Final reward: 0.50" not in refused
     shorter = critique_prompt(ROLLOUT, TRAJECTORY, 1)[-1]
     assert "It holds 2 spoons." in shorter and "You take it." in shorter
     assert "It holds 1 spoons." not in shorter and "Time passes." not in shorter
@@ -143,6 +162,19 @@ def test_the_critique_prompt_shows_history_action_future_and_reward():
 
 def deliberate(text):
     return check_deliberation(ITEM, deliberation_prompt(ITEM, OPTIONS), written(text))
+
+
+def test_a_list_in_stars_is_learnt_in_dashes():
+    starred = re.sub(r"^- (.*?):", r"* **\1:**", DELIBERATION, flags=re.MULTILINE)
+    assert "* **go to drawer 3:** It" in starred and deliberate(starred) == deliberate(DELIBERATION)
+
+
+def test_a_deliberation_may_name_an_action_as_often_as_it_likes():
+    item = ITEM | {"action": "pick up metal pot containing nothing in kitchen", "candidates": [
+        {"action": "pick up metal pot containing nothing in kitchen", "critique": "It is empty."}, CRITIQUES[1]]}
+    text = DELIBERATION.replace("go to drawer 3", item["action"]).replace(
+        "An unopened", f"I could {item['action']}, and to {item['action']} is best. An unopened")
+    assert check_deliberation(item, deliberation_prompt(item, OPTIONS), written(text))[1] is None
 
 
 def test_a_good_deliberation_is_taken():

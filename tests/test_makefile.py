@@ -127,6 +127,7 @@ def test_an_unchanged_tree_makes_nothing(project):
     ("GUIDED=verdicts", ITERATION[2:]),
     ("MASK_REJECTED=", ITERATION[4:]),
     ("RECOVER=2", ITERATION[1:]),
+    ("MAX_MODEL_LEN=4096", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("MODEL=some/other", ["stage0_sft train", "evaluate run", "evaluate run", *ITERATION]),
     ("CHOICE_FIRST=", ITERATION[3:]),
     ("SFT_EPOCHS=2", ["stage0_sft train", "evaluate run", *ITERATION]),
