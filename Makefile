@@ -56,7 +56,6 @@ SHELL := /bin/bash
 #: K              tries a task of `make baselines`
 PROFILE ?= laptop
 ENV ?= scienceworld
-VARIANT ?=
 PACKAGED := models/SmolLM2-135M-Instruct
 PACKAGED_CRITIC := models/Qwen2.5-Coder-0.5B-Instruct
 

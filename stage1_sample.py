@@ -70,7 +70,7 @@ def is_flagged(actions: list[dict], samples: list[dict]) -> bool:
 def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> dict:
     """The row of step t; one whose request failed, or whose history fills the context, has no samples, says why, and is not
     flagged."""
-    if failure(outputs[0].finish) or outputs[0].finish == "context":
+    if outputs[0].unanswered:
         return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": [],
                 "actions": distinct_actions(trajectory["steps"][t - 1], []), "flagged": False, "failed": outputs[0].finish}
     samples = [{name: turn[name] for name in ("thought", "action")} for turn in map(turn_of, outputs)]

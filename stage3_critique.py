@@ -21,9 +21,9 @@ import time
 from collections import Counter
 
 from common import (GUIDED, REASON, REFUSED, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError, add_engine_options,
-                    copies, duration, failure, failures_last, fill_dialogue, first_sentences, generate_checked, is_cut_off,
-                    leak_in, literally, make_engine, progress, prompt_path, read_rows, repeats_itself, retry_sampling,
-                    run_stage, settings_of, share, steps_text, without_names)
+                    copies, duration, failure, failures_last, fill_dialogue, first_sentences, generate_checked, held_at_last,
+                    is_cut_off, leak_in, literally, make_engine, progress, prompt_path, read_rows, repeats_itself,
+                    retry_sampling, run_stage, settings_of, share, steps_text, without_names)
 
 TAG = "Action Evaluation:"
 POSSIBLE = re.compile(r"\bis (?:also |indeed |quite )?(?:possible|valid|feasible)\b", re.IGNORECASE)
@@ -46,8 +46,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def critique_prompt(rollout: dict, trajectory: dict, shown: int | None) -> list[str]:
-    """Prompt_c: the task, the history h_{t-1}, the action with the observations that followed, and the final reward; where
-    the action was refused, the rollout ended there and the reward is none of it."""
+    """Prompt_c: the task, the history h_{t-1}, the action with the observations that followed, and the final reward. Where
+    the action was refused the rollout ended there, so that its reward says nothing of the action."""
     step = int(rollout["candidate"].rsplit("/step", 1)[1])
     end = f"Final reward: {rollout['reward']:.2f} of 1" if rollout["valid"] else "The action was refused; nothing has changed."
     outcome = f"{steps_text(rollout['steps'][:shown])}\n{end}"
@@ -146,8 +146,7 @@ def main() -> None:
         rows = [output.done[key] for key in rollouts]
         fallbacks = sum(row["fallback"] for row in rows)
         reasons = Counter(reason for row in rows for reason in row["refused"])
-        # With --guided all are held to their form.
-        held = 0 if args.guided else sum(not row["fallback"] and 0 < len(row["refused"]) == args.attempts - 1 for row in rows)
+        held = sum(not row["fallback"] and held_at_last(args, len(row["refused"])) for row in rows)
         output.finish(rows, {"fallbacks": fallbacks, "held to the form": held, "refused attempts": reasons})
     print(f"{len(rows)} critiques, {share(fallbacks, len(rows))} fell back to a plain sentence"
           f"{f', {held} were held to the form' if held else ''}; refused attempts: "

@@ -33,7 +33,7 @@ from collections.abc import Callable
 
 from common import (CANDIDATES, CRITIQUE, GUIDED, REASON, REFUSED, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError,
                     add_engine_options, check_model, copies, duration, failure, failures_last, fill_dialogue,
-                    first_sentences, generate_checked, is_cut_off, is_deliberation, is_valid, leak_in,
+                    first_sentences, generate_checked, held_at_last, is_cut_off, is_deliberation, is_valid, leak_in,
                     listed_candidates, literally, make_engine, normalise, parse_turn, progress, prompt_path, read_rows,
                     repeats_itself, retry_sampling, run_stage, settings_of, share, stable_seed, steps_text,
                     without_names)
@@ -221,7 +221,7 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
         return thought, "no action line" if not turn["action"] else "another action than the expert's"
     if not lists_its_candidates(thought, item):
         return thought, "bullets are not the candidates"
-    own_words = without_names(thought, [item["action"], *listed_candidates(thought)])
+    own_words = without_names(thought, listed_candidates(thought))
     if leak_in(own_words):
         return thought, "speaks of the scratch-pad"
     lines = [line.partition(": ")[2] if line.startswith("- ") else line for line in own_words.split("\n")]
@@ -341,8 +341,7 @@ def main() -> None:
                 step["fallback"] = written["refused"]
         results = list(output.done.values())
         fallbacks = sum(row["thought"] is None for row in results)
-        held = 0 if args.guided else sum(row["thought"] is not None and 0 < len(row["refused"]) == args.attempts - 1
-                                         for row in results)
+        held = sum(row["thought"] is not None and held_at_last(args, len(row["refused"])) for row in results)
         reasons = Counter(reason for row in results for reason in row["refused"])
         steps = [step for row in trajectories for step in row["steps"]]
         made = 0 if args.recover_only else len(plan)
@@ -350,8 +349,7 @@ def main() -> None:
                                               (("switched", trajectories), ("deliberated", steps), ("tried", steps)))
         output.finish([row | {"source": "deliberation"} for row in trajectories], {
             "deliberations": made, "fallbacks": fallbacks, "held to the form": held, "refused attempts": reasons,
-            "switched": switched,
-            "deliberating steps": deliberating, "steps after a refusal": recovering})
+            "switched": switched, "deliberating steps": deliberating, "steps after a refusal": recovering})
     print(f"{made} deliberations, {share(fallbacks, made)} fell back to the old thought"
           f"{f', {held} were held to the form' if held else ''}; refused attempts: "
           f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; "
