@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rollouts", required=True, metavar="JSONL", help="what stage 2 wrote for them")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
-    parser.add_argument("--guided", choices=GUIDED, help="for small base models, which else judge as the wind blows: hold "
+    parser.add_argument("--guided", choices=GUIDED, help="for small base models, which cannot judge by themselves: hold "
                         "every try to the form of the last, the verdict that follows from the rollout and the model's "
                         "reason; or verdicts alone, for which no model is asked")
     parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history and the first "
