@@ -235,8 +235,9 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
 
 
 def by_verdicts(item: dict) -> str:
-    """The deliberation thought that needs no model: what the policy thought when it sampled the first candidate, the
-    verdicts, the choice, and what was thought at this step before.
+    """The deliberation thought that needs no model: the thought that came with the first candidate (the policy's when it
+    sampled it; the expert's, where its action comes first), the verdicts, the choice, and what was thought at this step
+    before.
 
     The old thought says what the action is for: a policy that learns the verdicts in its place forgets what it has done and
     what is left to do. The choice stands before it, next to the verdicts: else it follows the thought and not these. The
