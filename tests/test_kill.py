@@ -27,6 +27,7 @@ STAGES = {  # in the order of their inputs
                       "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl"),
     "evaluation": ("evaluate.py", "run", "--env", "scienceworld", *ENGINE, "--num-tasks", 4, "--max-turns", 4),
 }
+TRAININGS = {"SFT": ("stage0_sft.py", "train"), "finetuning": ("stage5_finetune.py",)}
 
 
 class Stage:
@@ -110,9 +111,9 @@ def test_a_stage_killed_at_any_moment_ends_in_the_same_bytes(name, finished, scr
     assert not wait_until_gone(stage.mark)
 
 
-def test_a_training_killed_at_any_moment_ends_in_the_same_weights(finished, tiny_model, tmp_path):
-    """Stage 0's, which is stage 5's as well: both only call `finetune`."""
-    command = ("stage0_sft.py", "train", "--model", tiny_model, "--data", finished[0] / "expert.jsonl", "--batch-size", 1)
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_killed_at_any_moment_ends_in_the_same_weights(name, finished, tiny_model, tmp_path):
+    command = (*TRAININGS[name], "--model", tiny_model, "--data", finished[0] / "expert.jsonl", "--batch-size", 1)
     whole, stage = Stage(tmp_path, command, "whole"), Stage(tmp_path, command, "killed")
     started = time.monotonic()
     whole.finish()
