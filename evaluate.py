@@ -4,20 +4,22 @@
     python evaluate.py report runs/x
     python evaluate.py compare runs/x runs/y
     python evaluate.py show runs/x/iter1/eval-unseen.jsonl --task find-animal/225
+    python evaluate.py verify runs/x
 
 `run` plays every test task once and writes OUT/eval-seen.jsonl and OUT/eval-unseen.jsonl, one episode a row with its
 whole transcript, and prints a line for each: average reward, reward a step and deliberation rate (section 6.3), tokens
 a task (section 6.5). --example puts an expert trajectory into the prompt; --best-of K --temperature 1 plays K times;
 --no-deliberation has a policy that deliberates act at once.
 
-    {"key": "scienceworld/find-animal/225", "env": "scienceworld", "task": "...", "split": "unseen",
-     "instruction": "...", "reward": 0.5, "end": "turn limit", "tokens": 211,
+    {"key": "scienceworld/find-animal/225", "task": "scienceworld/find-animal/225", "instruction": "...",
      "steps": [{"thought": "...", "action": "look around", "text": "Thought: ...", "tokens": 21, "observation": "...",
-                "reward": 0.1}, ...]}
+                "reward": 0.1, "accepted": true}, ...],
+     "reward": 0.5, "split": "unseen", "end": "turn limit", "tokens": 211}
 
 `report` writes report.md and its figures into a run's folder: the paper's tables and figures for this run, and why
 episodes ended as they did. `compare` puts several runs into one table; those whose names differ only in -seedN are
-averaged. `show` prints one episode.
+averaged. `show` prints one episode. `verify` compares a run's files with what their sidecars say of inputs, code and
+versions.
 """
 
 from __future__ import annotations
@@ -33,79 +35,43 @@ from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from common import (
-    CANDIDATES,
-    CRITIQUE,
-    ENVIRONMENTS,
-    EPISODE,
-    ROLLOUT,
-    TRAJECTORY,
-    EnvironmentPool,
-    Episode,
-    StageOutput,
-    UserError,
-    add_engine_options,
-    duration,
-    environment_of,
-    failure,
-    failures_last,
-    is_deliberation,
-    is_valid,
-    list_tasks,
-    listed_candidates,
-    make_engine,
-    normalise,
-    play,
-    progress,
-    read_rows,
-    run_stage,
-    settings_of,
-    share,
-    sidecar,
-    task_type,
-    turn_inputs,
-    turn_sampling,
-    writing,
-)
+from common import (PACKAGES, ROOT, Candidates, Critique, Episode, Rollout, StageOutput, Trajectory, UserError,
+                    add_engine_options, code_digest, digest, duration, failure, failures_last, fraction, label_of, make_engine,
+                    normalise, progress, read_rows, relative, run_stage, settings_of, sidecar, sidecar_path, turn_sampling,
+                    version, writing)
+from environments import TABLE, choose_tasks, file_of, files_of, of, read_trajectories, task_type, turn_limit
+from environments.workers import EnvironmentPool, Playing, play
 
 TEST_SPLITS = ("seen", "unseen")
 RESAMPLES = 10_000  # of the bootstrap
-CONTROL = "SFT, as long as {}"  # what VARIANT=more-sft is called
+CONTROL = "token-matched SFT, {}"  # what VARIANT=more-sft is called
 AT_ONCE = r"(Thought: [^\n-][^\n]*\n)?Action: [^\n]+"  # a turn without a list of candidates
-
-# Average rewards of the paper's table 2 and 3, in percent, as (method, ScienceWorld seen, unseen, ALFWorld seen, unseen).
-QUOTED = [
-    ("GPT-4o, ReAct", 60.0, 56.0, 78.6, 83.6),
-    ("GPT-4o-mini, ReAct", 49.1, 42.7, 32.1, 41.0),
-    ("Llama-3.1-70B-Instruct, ReAct", 72.6, 70.2, 78.6, 73.9),
-    ("Llama-3.1-70B-Instruct + MPO", 80.4, 79.5, 85.7, 86.6),
-    ("Llama-3.1-8B-Instruct, ReAct", 47.7, 42.2, 22.9, 28.4),
-    ("Llama-3.1-8B-Instruct + MPO", 56.5, 55.5, 50.0, 52.2),
-    ("Llama-3.1-8B-Instruct + SFT (AgentTuning)", 75.6, 65.1, 79.3, 71.6),
-    ("Llama-3.1-8B-Instruct + ETO", 81.3, 74.1, 77.1, 76.4),
-    ("Llama-3.1-8B-Instruct + KnowAgent", 81.7, 69.6, 80.0, 74.9),
-    ("Llama-3.1-8B-Instruct + WKM", 82.1, 76.5, 77.1, 78.2),
-    ("Llama-3.1-8B-Instruct + ETO & MPO", 83.4, 80.8, 85.0, 79.1),
-    ("Llama-3.1-8B-Instruct + SAND-1 w/o SAS", 70.3, 62.0, 85.7, 77.3),
-    ("Llama-3.1-8B-Instruct + SAND-1 w/o EAC", 78.6, 73.7, 85.0, 86.6),
-    ("Llama-3.1-8B-Instruct + SAND-1", 86.6, 77.5, 92.9, 91.8),
-    ("Llama-3.1-8B-Instruct + SAND-2", 88.7, 78.2, 94.3, 94.0),
-    ("Llama-3.1-8B-Instruct + SAND-3", 85.7, 79.1, 94.3, 96.3),
-    ("Qwen2.5-7B-Instruct, ReAct", 38.5, 38.8, 71.4, 75.4),
-    ("Qwen2.5-7B-Instruct + SFT (AgentTuning)", 69.2, 60.8, 72.1, 75.4),
-    ("Qwen2.5-7B-Instruct + SAND-1 w/o SAS", 63.5, 52.4, 72.1, 62.7),
-    ("Qwen2.5-7B-Instruct + SAND-1 w/o EAC", 72.0, 66.3, 70.6, 75.0),
-    ("Qwen2.5-7B-Instruct + SAND-1", 80.9, 67.2, 85.7, 85.0),
-    ("Qwen2.5-7B-Instruct + SAND-2", 83.2, 69.9, 85.0, 89.6),
-    ("Qwen2.5-7B-Instruct + SAND-3", 84.0, 69.0, 90.7, 94.8),
-]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="play the test tasks")
-    run.add_argument("--env", required=True, choices=ENVIRONMENTS)
+    commands = parser.add_subparsers(required=True)
+    add_run_options(commands.add_parser("run", help="play the test tasks"))
+    writer = commands.add_parser("report", help="write report.md and its figures for a run")
+    writer.set_defaults(run=lambda args: report(args.folder))
+    writer.add_argument("folder", type=Path, help="the run's folder, such as runs/laptop-scienceworld")
+    comparison = commands.add_parser("compare", help="one table of several runs, as Markdown")
+    comparison.set_defaults(run=lambda args: compare(args.folders))
+    comparison.add_argument("folders", type=Path, nargs="+", metavar="folder")
+    reader = commands.add_parser("show", help="print one episode, deliberations set apart")
+    reader.set_defaults(run=lambda args: show(args.file, args.task))
+    reader.add_argument("file", type=Path, help="an evaluation, such as runs/x/iter1/eval-unseen.jsonl")
+    reader.add_argument("--task", required=True, help="the task's id or the end of it")
+    check = commands.add_parser("verify", help="compare a run's files with what their sidecars say; exit status 1 if any "
+                                "differs")
+    check.set_defaults(run=lambda args: verify(args.folder))
+    check.add_argument("folder", type=Path, help="the run's folder, such as runs/laptop-scienceworld")
+    return parser.parse_args()
+
+
+def add_run_options(run: argparse.ArgumentParser) -> None:
+    run.set_defaults(run=evaluate)
+    run.add_argument("--env", required=True, choices=TABLE)
     run.add_argument("--out", required=True, metavar="FOLDER", help="gets eval-SPLIT.jsonl for each split")
     run.add_argument("--splits", default=",".join(TEST_SPLITS), metavar="A,B", help="default: %(default)s")
     run.add_argument("--num-tasks", type=int, help="how many tasks of a split, task types taking turns; default: all")
@@ -118,14 +84,6 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--no-deliberation", action="store_true", help="hold every turn to a line of thought that is no list "
                      "of actions: with the weights the same, what is deliberating itself worth?")
     add_engine_options(run, model="the policy to evaluate", temperature=0.0, max_tokens=512)
-    report = commands.add_parser("report", help="write report.md and its figures for a run")
-    report.add_argument("folder", type=Path, help="the run's folder, such as runs/laptop-scienceworld")
-    compare = commands.add_parser("compare", help="one table of several runs, as Markdown")
-    compare.add_argument("folders", type=Path, nargs="+", metavar="folder")
-    show = commands.add_parser("show", help="print one episode, deliberations set apart")
-    show.add_argument("file", type=Path, help="an evaluation, such as runs/x/iter1/eval-unseen.jsonl")
-    show.add_argument("--task", required=True, help="the task's id or the end of it")
-    return parser.parse_args()
 
 
 # --- The paper's measures, one function each ----------------------------------------------------------------------
@@ -143,7 +101,7 @@ def reward_per_step(episode: dict) -> float:
 
 def deliberation_rate(episode: dict) -> float:
     """The share of steps that deliberate (section 6.3, the lines of figure 3; section 6.4, the violins of figure 4)."""
-    return mean(is_deliberation(step["thought"]) for step in episode["steps"])
+    return mean("candidates" in step for step in episode["steps"])
 
 
 def difficulty_bands(base: list[dict]) -> dict[str, set[str]] | None:
@@ -168,7 +126,7 @@ def action_tokens(episode: dict) -> float:
 
 def refused_rate(episode: dict) -> float:
     """The share of steps whose action the environment refused, or that had none."""
-    return mean(not is_valid(step["observation"]) for step in episode["steps"])
+    return mean(not step["accepted"] for step in episode["steps"])
 
 
 def refused_again(episodes: list[dict], fewest: int, most: float) -> list[bool]:
@@ -177,7 +135,7 @@ def refused_again(episodes: list[dict], fewest: int, most: float) -> list[bool]:
     for episode in episodes:
         run = 0
         for step in episode["steps"]:
-            refused = not is_valid(step["observation"])
+            refused = not step["accepted"]
             if fewest <= run <= most:
                 again.append(refused)
             run = run + 1 if refused else 0
@@ -190,9 +148,9 @@ def is_loop(episode: dict) -> bool:
     return any(turns[i] == turns[i + 1] == turns[i + 2] for i in range(len(turns) - 2))
 
 
-def changes_its_mind(thought: str, action: str) -> bool:
+def changes_its_mind(step: dict) -> bool:
     """Whether a deliberation ends in another action than the one it lists first."""
-    return listed_candidates(thought)[0] != normalise(action)
+    return step["candidates"][0]["action"] != normalise(step["action"])
 
 
 def interval(splits: list[list[float]]) -> tuple[float, float, float]:
@@ -213,10 +171,10 @@ def summary(episodes: list[dict]) -> str:
 # --- run ----------------------------------------------------------------------------------------------------------
 
 
-def episode_row(episode: Episode, split: str) -> dict:
-    return {"key": episode.key, "env": environment_of(episode.task), "task": episode.task, "split": split,
-            "instruction": episode.instruction, "reward": episode.reward, "end": episode.end,
-            "tokens": sum(step.get("tokens", 0) for step in episode.steps), "steps": episode.steps}
+def episode_row(episode: Playing, split: str) -> dict:
+    return {"key": episode.key, "task": episode.task, "instruction": episode.instruction, "steps": episode.steps,
+            "reward": episode.reward, "split": split, "end": episode.end,
+            "tokens": sum(step.get("tokens", 0) for step in episode.steps)}
 
 
 def best_of(tries: list[dict], task: str) -> dict:
@@ -229,46 +187,55 @@ def choose_example(task: str, experts: list[dict]) -> dict:
     return next((row for row in experts if task_type(row["task"]) == task_type(task)), experts[0])
 
 
-def run(args: argparse.Namespace) -> None:
-    """Play the episodes of all splits together; the files appear when all are played."""
-    started = time.time()
-    tasks = {}
-    for split in args.splits.split(","):
+def chosen_tasks(args: argparse.Namespace) -> dict[str, list[str]]:
+    """{split: its tasks} of the options."""
+    splits = args.splits.split(",")
+    for split in splits:
         if split not in ("train", *TEST_SPLITS):
             raise UserError(f"--splits: unknown split '{split}'; known are train, seen, unseen")
-        tasks[split] = list_tasks(args.env, split, args.task_types, args.num_tasks, args.seed)
-    experts = read_rows(args.example, TRAJECTORY) if args.example else []
-    if experts and experts[0]["env"].removesuffix("-practice") != args.env:
-        raise UserError(f"{args.example}: its trajectories are of {experts[0]['env']}, not of {args.env}")
+    return {split: choose_tasks(args.env, split, args.task_types, args.num_tasks, args.seed) for split in splits}
+
+
+def read_examples(args: argparse.Namespace) -> list[dict]:
+    experts = read_trajectories(args.example) if args.example else []
+    if experts and label_of(experts[0]["task"]).removesuffix("-practice") != args.env:
+        raise UserError(f"{args.example}: its trajectories are of {label_of(experts[0]['task'])}, not of {args.env}")
+    return experts
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Play the episodes of all splits together; the files appear when all are played."""
+    started = time.time()
+    tasks, experts = chosen_tasks(args), read_examples(args)
     settings = {name: value for name, value in settings_of(args).items() if name != "splits"}
-    inputs = [args.model, *turn_inputs(args.env), *([args.example] if args.example else [])]
+    inputs = [args.model, *files_of(args.env), *([args.example] if args.example else [])]
+    spent = ""
     with ExitStack() as stack:
-        outputs = {split: stack.enter_context(StageOutput(Path(args.out) / f"eval-{split}.jsonl",
-                                                          settings | {"split": split}, inputs)) for split in tasks}
-        todo = [Episode(f"{split}/{task}/try{n}", task, example=choose_example(task, experts) if experts else None)
+        outputs = {split: stack.enter_context(StageOutput(Path(args.out) / f"eval-{split}.jsonl", settings | {"split": split},
+                                                          inputs, [evaluate, file_of(args.env)])) for split in tasks}
+        todo = [Playing(f"{split}/{task}/try{n}", task, turn_limit(task, args.max_turns),
+                        example=choose_example(task, experts) if experts else None)
                 for split in tasks for task in tasks[split] for n in range(args.best_of)
                 if f"{split}/{task}/try{n}" not in outputs[split].done]
         if todo:
             pool = stack.enter_context(EnvironmentPool(args.env, min(args.max_live, len(todo))))
             engine = make_engine(args)
-            sampling = turn_sampling(args.temperature, args.max_tokens)
-            if args.no_deliberation:
-                sampling["regex"] = AT_ONCE
-            episodes = failures_last(play(todo, engine, pool, sampling, args.seed, args.max_turns),
-                                     lambda episode: failure(episode.end), sum(map(len, tasks.values())) * args.best_of)
+            sampling = turn_sampling(args.temperature, args.max_tokens) | ({"regex": AT_ONCE} if args.no_deliberation else {})
+            episodes = failures_last(play(todo, engine, pool, sampling, args.seed), lambda episode: failure(episode.end),
+                                     sum(map(len, tasks.values())) * args.best_of)
             for episode in progress(episodes, total=len(todo), desc="evaluate"):
-                split = episode.key.split("/")[0]
-                if args.no_deliberation and any(is_deliberation(step["thought"]) for step in episode.steps):
+                if args.no_deliberation and any("candidates" in step for step in episode.steps):
                     raise UserError(f"{args.api_base or args.model} lets the model deliberate; --no-deliberation needs an "
                                     "engine that holds outputs to a regular expression, as vLLM does")
+                split = episode.key.partition("/")[0]
                 outputs[split].write(episode_row(episode, split))
+            spent = f"; {engine.usage()}"
         for split, output in outputs.items():
             rows = [best_of([output.done[f"{split}/{task}/try{n}"] for n in range(args.best_of)], task)
                     for task in tasks[split]]
             failed = sum(bool(failure(row["end"])) for row in rows)
             output.finish(rows, {"average reward": mean(row["reward"] for row in rows), "failed": failed})
             print(f"{split}: {summary(rows)}{f', {failed} episodes failed' if failed else ''}; {output.path}")
-    spent = f"; {engine.usage()}" if todo else ""
     print(f"{sum(map(len, tasks.values()))} tasks in {duration(time.time() - started)}{spent}")
 
 
@@ -292,7 +259,7 @@ def evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
         if stale:
             print(f"left out {label}: {stale}; `make` it again", file=sys.stderr)
             continue
-        models[label] = {split: read_rows(file, EPISODE) for split, file in files.items()}
+        models[label] = {split: read_rows(file, Episode) for split, file in files.items()}
         for split, file in files.items():
             other = first.setdefault(split, file)
             mine = {row["task"] for row in models[label][split]}
@@ -309,12 +276,8 @@ def evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
 def model_names(folder: Path) -> dict[str, str]:
     """What the report calls the models of a run, by their folders in it."""
     names = {"base": "base", "base-example": "base, one example", "iter0": "SFT"}
-    for variant, label in {"": "SAND-{}", "more-sft": CONTROL.format("SAND-{}"), "self-critic": "SAND-{} judging itself",
-                           "no-sas": "SAND-{} w/o SAS", "no-eac": "SAND-{} w/o EAC",
-                           "no-reasons": "SAND-{} w/o reasons", "reasons": "SAND-{} with reasons",
-                           "choice-first": "SAND-{} listing its choice first",
-                           "by-preference": "SAND-{} listing what it prefers first",
-                           "recover-only": "SAND-{} without deliberations"}.items():
+    for variant, label in {"": "SAND-{}", "more-sft": CONTROL.format("SAND-{}"), "no-sas": "SAND-{} w/o SAS",
+                           "no-eac": "SAND-{} w/o EAC", "recover-only": "SAND-{} without deliberations"}.items():
         found = (path for path in (folder / variant).glob("iter*") if path.name[4:].isdigit() and path.name != "iter0")
         for path in sorted(found, key=lambda path: int(path.name[4:])):
             names[path.relative_to(folder).as_posix()] = label.format(path.name[4:])
@@ -365,7 +328,7 @@ def with_interval(splits: list[list[float]], sign: str = "") -> str:
     return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def as_long(name: str) -> str | None:
+def control_of(name: str) -> str | None:
     """The control of SAND-k: SFT on the expert data for as many tokens. An ablation was trained on another number."""
     return CONTROL.format(name) if re.fullmatch(r"SAND-\d+", name) else None
 
@@ -373,8 +336,8 @@ def as_long(name: str) -> str | None:
 def reward_section(models: dict) -> list[str]:
     sizes = {split: len(next(iter(models.values()))[split]) for split in TEST_SPLITS}
     lines = ["## Average reward (tables 2 and 3)", "",
-             "95 % bootstrap intervals over tasks; differences are paired, on the same tasks. SFT, as long as SAND-k: "
-             "SFT finetuned on, with the expert's trajectories as they were, for as many training tokens as SAND-k.", ""]
+             "95 % bootstrap intervals over tasks; differences are paired, on the same tasks. Token-matched SFT goes on "
+             "from SFT, on the expert's trajectories as they were, for as many training tokens as SAND-k.", ""]
 
     def against(name: str, reference: str | None) -> str:
         if name == reference or reference not in models:
@@ -383,9 +346,9 @@ def reward_section(models: dict) -> list[str]:
 
     rows = [[name, *(with_interval([rewards(splits, split)]) for split in TEST_SPLITS),
              with_interval([rewards(splits, split) for split in TEST_SPLITS]), against(name, "SFT"),
-             against(name, as_long(name))] for name, splits in models.items()]
+             against(name, control_of(name))] for name, splits in models.items()]
     lines += table(["model", *(f"{split} (n={sizes[split]})" for split in TEST_SPLITS), "average", "against SFT",
-                    "against SFT as long"], rows)
+                    "against token-matched SFT"], rows)
     failed = {name: sum(bool(failure(row["end"])) for row in both(splits)) for name, splits in models.items()}
     if any(failed.values()):
         lines += ["Episodes that failed for good, with an environment or a server, count with the reward they had reached: "
@@ -394,14 +357,11 @@ def reward_section(models: dict) -> list[str]:
 
 
 def quoted_section(env: str) -> list[str]:
-    """The paper's own figures; none for practice games, which are not what it measured."""
-    columns = {"scienceworld": (1, 2), "alfworld": (3, 4)}.get(env)
-    if not columns:
+    """The paper's own figures; none for practice tasks, which are not what it measured."""
+    if env not in TABLE:
         return []
     return ["<details><summary>The paper's own figures, quoted from its tables 2 and 3 (percent, all test "
-            "tasks)</summary>", "",
-            *table(["method", "seen", "unseen"], ([row[0], *(row[i] for i in columns)] for row in QUOTED)),
-            "</details>", ""]
+            "tasks)</summary>", "", *table(["method", *TEST_SPLITS], of(env).PAPER), "</details>", ""]
 
 
 def step_section(models: dict) -> list[str]:
@@ -474,10 +434,10 @@ def ending_section(models: dict) -> list[str]:
     return lines + table(
         ["model", "refused", "again after one", "again after more", "without an action", "in a loop"],
         ([name, f"{mean(map(refused_rate, both(splits))):.2f}",
-          *(share(sum(again), len(again)) for again in (refused_again(both(splits), 1, 1),
+          *(fraction(sum(again), len(again)) for again in (refused_again(both(splits), 1, 1),
                                                         refused_again(both(splits), 2, math.inf))),
           f"{mean(mean(not step['action'] for step in row['steps']) for row in both(splits)):.2f}",
-          share(sum(map(is_loop, both(splits))), len(both(splits)))] for name, splits in models.items()))
+          fraction(sum(map(is_loop, both(splits))), len(both(splits)))] for name, splits in models.items()))
 
 
 def calibration_section(models: dict, folder: Path) -> list[str]:
@@ -485,26 +445,25 @@ def calibration_section(models: dict, folder: Path) -> list[str]:
     lines = ["## Calibration of deliberation", ""]
     rows = []
     for name, splits in models.items():
-        steps = [step for row in both(splits) for step in row["steps"]
-                 if is_deliberation(step["thought"]) and step["action"]]
+        steps = [step for row in both(splits) for step in row["steps"] if "candidates" in step and step["action"]]
         if steps:
-            changed = sum(changes_its_mind(step["thought"], step["action"]) for step in steps)
-            rows.append([name, len(steps), share(changed, len(steps))])
+            changed = sum(map(changes_its_mind, steps))
+            rows.append([name, len(steps), fraction(changed, len(steps))])
     lines += ["How often a deliberating step ends in another action than the one it lists first.", "",
               *table(["model", "deliberating steps", "another than the first"], rows)] if rows else [
               "No model deliberates.", ""]
     rows, spread = [], []
     for path in iteration_files(folder, "rollouts.jsonl"):
-        rollouts = [row for row in read_rows(path, ROLLOUT, may_be_empty=True) if not failure(row["end"])]
-        sampled = [row for row in rollouts if row["source"] == "sample"]
-        groups = [[row["reward"] for row in sampled if is_deliberation(row["thought"]) == with_it]
+        rollouts = [row for row in read_rows(path, Rollout, may_be_empty=True) if not failure(row["end"])]
+        sampled = [row for row in rollouts if row["candidate"]]
+        expert = [row for row in rollouts if not row["candidate"]]
+        groups = [[row["reward"] for row in sampled if ("candidates" in row["steps"][0]) == with_it]
                   for with_it in (True, False)]
         rows.append([path.parent.name, *(f"{mean(group):.3f} (n={len(group)})" if group else "none" for group in groups)])
-        expert = {row["candidate"]: row["reward"] for row in rollouts if row["source"] == "expert"}
-        beaten = sum(row["reward"] > expert[row["candidate"]] for row in sampled)
+        beaten = sum(row["reward"] > row["expert_reward"] for row in sampled)
         spread.append([path.parent.name, len(expert), f"{len(rollouts) / max(1, len(expert)):.1f}",
-                       f"{mean(expert.values()):.3f}", f"{mean(row['reward'] for row in sampled):.3f}",
-                       share(sum(not row["valid"] for row in sampled), len(sampled)), share(beaten, len(sampled))])
+                       f"{mean(row['reward'] for row in expert):.3f}", f"{mean(row['reward'] for row in sampled):.3f}",
+                       fraction(sum(not row["accepted"] for row in sampled), len(sampled)), fraction(beaten, len(sampled))])
     if rows:
         lines += ["Average reward of the rollouts from flagged steps, by whether the sampled thought deliberated.", "",
                   *table(["iteration", "with deliberation", "without"], rows),
@@ -520,22 +479,23 @@ def iteration_files(folder: Path, name: str) -> list[Path]:
 
 
 def stage_section(folder: Path) -> list[str]:
-    """What the stages counted: flagged steps, fall-backs, steps that deliberate in the training data."""
+    """What the stages counted: flagged steps, templates in place of critiques, steps that deliberate in the training data."""
     rows = []
     for path in iteration_files(folder, "deliberations.jsonl"):
         iteration = path.parent
         if not ((iteration / "candidates.jsonl").exists() and (iteration / "critiques.jsonl").exists()):
             continue
-        candidates = read_rows(iteration / "candidates.jsonl", CANDIDATES)
-        critiques = read_rows(iteration / "critiques.jsonl", CRITIQUE, may_be_empty=True)
-        steps = [step for row in read_rows(path, TRAJECTORY) for step in row["steps"]]
-        rows.append([iteration.name, share(sum(row["flagged"] for row in candidates), len(candidates)),
+        candidates = read_rows(iteration / "candidates.jsonl", Candidates)
+        critiques = read_rows(iteration / "critiques.jsonl", Critique, may_be_empty=True)
+        steps = [step for row in read_rows(path, Trajectory) for step in row["steps"]]
+        said = sidecar(path).get("counts", {})
+        rows.append([iteration.name, fraction(sum(row["flagged"] for row in candidates), len(candidates)),
                      Path(sidecar(iteration / "critiques.jsonl").get("settings", {}).get("model", "unknown")).name,
-                     share(sum(bool(row["fallback"]) for row in critiques), len(critiques)),
-                     sum("fallback" in step for step in steps),
-                     share(sum(bool(step.get("deliberated")) for step in steps), len(steps))])
+                     fraction(sum(row["used_template"] for row in critiques), len(critiques)),
+                     fraction(said["no draft of use"], said["drafted"]) if said else "unknown",
+                     fraction(sum("candidates" in step for step in steps), len(steps))])
     return ["## What the stages did", "", *table(
-        ["iteration", "steps flagged", "critic", "critiques that fell back", "deliberations that fell back",
+        ["iteration", "steps flagged", "critic", "critiques from the template", "deliberations without a draft of use",
          "training steps that deliberate"], rows)] if rows else []
 
 
@@ -562,7 +522,7 @@ def source_section(models: dict, folder: Path) -> list[str]:
 
 def report(folder: Path) -> None:
     models = evaluations(folder)
-    env = next(iter(models.values()))["seen"][0]["env"]
+    env = label_of(next(iter(models.values()))["seen"][0]["task"])
     lines = [f"# {folder.name} ({env})", ""]
     rewarded, counted, rates = reward_section(models), stage_section(folder), band_rates(models)
     lines += rewarded + quoted_section(env) + training_section(models, folder) + counted
@@ -644,7 +604,7 @@ def draw_success(models: dict):
     return figure
 
 
-# --- compare and show ---------------------------------------------------------------------------------------------
+# --- compare, show, verify ---------------------------------------------------------------------------------------------
 
 
 def compare(folders: list[Path]) -> None:
@@ -670,29 +630,51 @@ def over_seeds(values: list[float]) -> str:
 
 def show(file: Path, task: str) -> None:
     """Print one episode: observations as they are, thoughts indented, the candidates of a deliberation set apart."""
-    rows = [row for row in read_rows(file, EPISODE) if f"/{row['task']}".endswith(f"/{task}")]
+    rows = [row for row in read_rows(file, Episode) if f"/{row['task']}".endswith(f"/{task}")]
     if len(rows) != 1:
         raise UserError(f"{file}: {len(rows)} episodes of a task that ends in '{task}'; name one of its tasks")
     (row,) = rows
     print(f"{row['task']} ({row['split']}): reward {row['reward']:.2f}, {row['end']}, {row['tokens']} tokens\n\n"
           f"{row['instruction']}")
     for number, step in enumerate(row["steps"], 1):
-        print(f"\n--- {number}" + (" (deliberates)" if is_deliberation(step["thought"]) else ""))
+        print(f"\n--- {number}" + (" (deliberates)" if "candidates" in step else ""))
         for line in filter(None, step["thought"].split("\n")):
             print(f"    {'    ' if line.startswith('- ') else ''}{line}")
         print(f"> {step['action'] or '(no action)'}\n{step['observation']}")
 
 
+def verify(run: Path) -> None:
+    """Compare the outputs in a run's folder, their inputs and the code with what their sidecars say; print what no longer
+    matches. Exit status 1 if anything differs. Paths are those of the project's folder."""
+    sidecars = sorted(run.rglob("*.meta.json"))
+    if not sidecars:
+        raise UserError(f"{run}: has no *.meta.json; name a run that `make all` has made")
+    here = {name: version(name) for name in PACKAGES}
+    differences = 0
+    for path in sidecars:
+        output = path.with_name(path.name.removesuffix(".meta.json"))
+        output = output if output.is_dir() else output.with_name(output.name + ".jsonl")
+        said = sidecar(output)
+        now = {name: digest(ROOT / name) for name in (relative(output), *said["inputs"])}
+        now |= {name: code_digest(name) for name in said["code"]}
+        found = [f"{name}: {'is gone' if now[name] is None else 'has changed'}"
+                 for name, then in {relative(output): said["sha256"], **said["inputs"], **said["code"]}.items()
+                 if then is not None and now[name] != then]
+        found += [f"{name} was {then}, is {here[name]}" for name, then in said["versions"].items()
+                  if name in here and here[name] != then]
+        print(f"{relative(output)}: {'; '.join(found) or 'as it was made'}")
+        differences += len(found)
+    unaccounted = [path for path in run.rglob("*.jsonl") if not sidecar_path(path).exists()]
+    for path in unaccounted:
+        print(f"{path}: has no sidecar; what made it?")
+    if differences + len(unaccounted):
+        print(f"{differences + len(unaccounted)} differences")
+        sys.exit(1)
+
+
 def main() -> None:
     args = parse_arguments()
-    if args.command == "run":
-        run(args)
-    elif args.command == "report":
-        report(args.folder)
-    elif args.command == "compare":
-        compare(args.folders)
-    else:
-        show(args.file, args.task)
+    args.run(args)
 
 
 if __name__ == "__main__":

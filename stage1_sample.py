@@ -4,13 +4,14 @@
 
 Replays every expert trajectory and, at each step t, samples N actions from the current policy given the history
 h_{t-1} of the expert (equation 3). A step is flagged for deliberation when the samples and the expert's action are not
-all the same (equation 4). One row a step:
+all the same (equation 4). One row a step; the expert's action is its candidate 0:
 
-    {"key": "scienceworld/find-animal/12/step3", "trajectory": "scienceworld/find-animal/12", "step": 3,
-     "samples": [{"thought": "...", "action": "focus on bee"}, ... N of them; an action of "" is an invalid output],
-     "actions": [{"action": "focus on dove egg", "thought": "...", "source": "expert", "count": 2},
-                 {"action": "focus on bee", "thought": "...", "source": "sample", "count": 3}],
-     "flagged": true}
+    {"key": "scienceworld/find-animal/12/step3", "task": "scienceworld/find-animal/12", "step": 3,
+     "candidates": [{"action": "focus on dove egg", "thought": "...", "count": 2, "from_expert": true},
+                    {"action": "focus on bee", "thought": "...", "count": 3, "from_expert": false}],
+     "invalid": 0, "flagged": true}
+
+count says how often an action was sampled; invalid, how many samples had no action.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from __future__ import annotations
 import argparse
 import time
 
-from common import (TRAJECTORY, Output, StageOutput, add_engine_options, dialogue, duration, failure, failures_last,
-                    generate, make_engine, normalise, progress, prompt_path, read_rows, run_stage, settings_of, share,
-                    stable_seed, turn_of, turn_sampling)
+from common import (Output, StageOutput, add_engine_options, dialogue, duration, failure, failures_last, fraction, generate,
+                    label_of, make_engine, normalise, progress, prompt_path, run_stage, settings_of, stable_seed, turn_of,
+                    turn_sampling)
+from environments import read_trajectories
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,9 +30,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trajectories", required=True, metavar="JSONL", help="expert trajectories, D_exp")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--n-samples", type=int, default=5, help="N, sampled actions a step; default: %(default)s")
-    parser.add_argument("--explore", type=int, metavar="K", help="sample along K trajectories only, those first that do not "
-                        "deliberate yet, and leave the others as they are: rollouts are the longest part of an iteration; "
-                        "default: all")
     add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
     args = parser.parse_args()
     if args.temperature == 0 and args.n_samples > 1:
@@ -38,81 +37,70 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def to_explore(trajectories: list[dict], count: int | None) -> list[dict]:
-    """So many trajectories, those first in which stage 4 has rewritten no thought yet, or all of them at once in a switch, so
-    that each iteration goes on where the last one stopped; all of them for None."""
-    if count is None:
-        return trajectories
-
-    def explored(row: dict) -> bool:
-        return "switched" not in row and any("plain" in step for step in row["steps"])
-    return sorted(trajectories, key=explored)[:count]
-
-
 def distinct_actions(step: dict, samples: list[dict]) -> list[dict]:
     """The candidate set {a^(1), ..., a^(N), a_t}: the expert's action first, then each new action in sampling order,
-    with the first thought that was sampled with it and how often it was sampled. Invalid outputs are left out."""
-    actions = {normalise(step["action"]): {"action": step["action"], "thought": step["thought"], "source": "expert",
-                                           "count": 0}}
+    with the first thought that was sampled with it and how often it was sampled. Samples without an action are left out."""
+    candidates = {normalise(step["action"]): {"action": step["action"], "thought": step["thought"], "count": 0,
+                                              "from_expert": True}}
     for sample in samples:
         if sample["action"]:
-            entry = actions.setdefault(normalise(sample["action"]), {
-                "action": sample["action"], "thought": sample["thought"], "source": "sample", "count": 0})
-            entry["count"] += 1
-    return list(actions.values())
+            candidate = candidates.setdefault(normalise(sample["action"]), {
+                "action": sample["action"], "thought": sample["thought"], "count": 0, "from_expert": False})
+            candidate["count"] += 1
+    return list(candidates.values())
 
 
-def is_flagged(actions: list[dict], samples: list[dict]) -> bool:
-    """Equation 4: 1(|{a^(1), ..., a^(N), a_t}| > 1). An invalid output counts as an action of its own."""
-    return len(actions) + any(not sample["action"] for sample in samples) > 1
+def is_flagged(candidates: list[dict], invalid: int) -> bool:
+    """Equation 4: 1(|{a^(1), ..., a^(N), a_t}| > 1). An invalid sample counts as an action of its own."""
+    return len(candidates) + bool(invalid) > 1
 
 
 def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> dict:
-    """The row of step t; one whose request failed, or whose history fills the context, has no samples, says why, and is not
-    flagged."""
-    if outputs[0].unanswered:
-        return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": [],
-                "actions": distinct_actions(trajectory["steps"][t - 1], []), "flagged": False, "failed": outputs[0].finish}
-    samples = [{name: turn[name] for name in ("thought", "action")} for turn in map(turn_of, outputs)]
-    actions = distinct_actions(trajectory["steps"][t - 1], samples)
-    return {"key": key, "trajectory": trajectory["key"], "step": t, "samples": samples, "actions": actions,
-            "flagged": is_flagged(actions, samples)}
+    """The row of step t. One whose request failed, or whose history fills the context, says why and is not flagged."""
+    failed = {"failed": outputs[0].finish} if outputs[0].unanswered else {}
+    samples = [] if failed else [turn_of(output) for output in outputs]
+    candidates = distinct_actions(trajectory["steps"][t - 1], samples)
+    invalid = sum(not sample["action"] for sample in samples)
+    return {"key": key, "task": trajectory["task"], "step": t, "candidates": candidates, "invalid": invalid,
+            "flagged": is_flagged(candidates, invalid)} | failed
 
 
-def main() -> None:
-    args = parse_arguments()
+def sample(args: argparse.Namespace) -> None:
+    """Sample N actions at every step of every trajectory."""
     started = time.time()
-    trajectories = to_explore(read_rows(args.trajectories, TRAJECTORY), args.explore)
+    trajectories = read_trajectories(args.trajectories)
     steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
-    inputs = [args.trajectories, args.model, prompt_path(trajectories[0]["env"])]
-    with StageOutput(args.out, settings_of(args), inputs) as output:
-        todo = [key for key in steps if key not in output.done]
-        engine = make_engine(args) if todo else None  # steps in order: each finds its history in the prefix cache
+    inputs = [args.trajectories, args.model, prompt_path(label_of(trajectories[0]["task"]))]
+    with StageOutput(args.out, settings_of(args), inputs, [sample]) as output:
+        todo = [key for key in steps if key not in output.done]  # in order: each step finds its history in the prefix cache
+        engine = make_engine(args) if todo else None
 
         def requests():
             for key in todo:
                 row, t = steps[key]
-                yield key, dialogue(row["env"], row["instruction"], row["steps"][:t - 1]), {
+                yield key, dialogue(row["task"], row["instruction"], row["steps"][:t - 1]), {
                     **turn_sampling(args.temperature, args.max_tokens), "n": args.n_samples,
                     "seed": stable_seed(args.seed, key)}
 
         results = failures_last(generate(engine, requests(), args.max_live),
                                 lambda result: failure(result[1][0].finish), len(steps))
         for key, outputs in progress(results, total=len(todo), desc="sample"):
-            row, t = steps[key]
-            output.write(candidate_row(key, row, t, outputs))
-        if todo:
-            print(engine.usage())
+            output.write(candidate_row(key, *steps[key], outputs))
         rows = [output.done[key] for key in steps]
-        flagged = [row for row in rows if row["flagged"]]
-        invalid = sum(not sample["action"] for row in rows for sample in row["samples"])
-        failed = sum("failed" in row for row in rows)
-        output.finish(rows, {"flagged": len(flagged), "invalid samples": invalid, "failed": failed})
-    print(f"{len(trajectories)} trajectories -> {len(rows)} steps, {share(len(flagged), len(rows))} flagged, "
-          f"{sum(len(row['actions']) for row in flagged)} distinct actions in them, "
-          f"{share(invalid, len(rows) * args.n_samples)} samples invalid"
-          f"{f', {failed} steps without samples: the server failed or the context was full' if failed else ''}; {args.out}; "
+        counts = {"flagged": sum(row["flagged"] for row in rows), "invalid samples": sum(row["invalid"] for row in rows),
+                  "failed": sum("failed" in row for row in rows)}
+        output.finish(rows, counts)
+    if todo:
+        print(engine.usage())
+    failed = f", {counts['failed']} steps without samples: the server failed or the context was full" * bool(counts["failed"])
+    print(f"{len(trajectories)} trajectories -> {len(rows)} steps, {fraction(counts['flagged'], len(rows))} flagged, "
+          f"{sum(len(row['candidates']) for row in rows if row['flagged'])} distinct actions in them, "
+          f"{fraction(counts['invalid samples'], len(rows) * args.n_samples)} samples invalid{failed}; {args.out}; "
           f"{duration(time.time() - started)}")
+
+
+def main() -> None:
+    sample(parse_arguments())
 
 
 if __name__ == "__main__":

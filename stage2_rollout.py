@@ -6,28 +6,27 @@
 For a sampled action a^_t of a flagged step the environment is brought to the expert's state at t, executes the action,
 and the current policy plays on at temperature 1 to the end of the episode or the turn limit: e^_t ~ pi(. | h_{t-1}, a^_t)
 with final reward r_t. The expert's own action needs no rollout: its execution is the rest of the expert trajectory. The
-rollout of an action that the environment refuses ends there: all is as it was, and what the policy would do then says
-nothing of the action (and was a third of all turns of a small model). With --refusals K it ends when an action is accepted
-or K have been refused: what the policy tries in vain, which stage 4's --recover shows. One row a distinct action, joined to
-its candidate row by key:
+rollout of an action that the environment refuses ends there: nothing has changed, and what the policy would do then says
+nothing of the action. One row a candidate:
 
-    {"key": "scienceworld/find-animal/12/step3/2", "candidate": "scienceworld/find-animal/12/step3",
-     "action": "focus on bee", "thought": "...", "source": "sample", "valid": true, "reward": 0.5, "gained": 0.0,
-     "end": "wrong focus", "steps": [{"thought": "...", "action": "focus on bee", "observation": "..."}, ... to the end]}
+    {"key": "scienceworld/find-animal/12/step3/1", "task": "scienceworld/find-animal/12", "step": 3, "candidate": 1,
+     "steps": [{"thought": "...", "action": "focus on bee", "observation": "...", "reward": 0.5, "accepted": true}, ...],
+     "reward": 0.5, "accepted": true, "end": "wrong focus", "expert_reward": 1.0, "expert_steps_left": 4,
+     "action_reward": 0.0}
 
-`gained` is what the action itself added to the reward; null for the expert's, whose steps have none.
+candidate is its place in the step's candidates, steps go from its action to the end, action_reward is what the action
+itself added to the reward, and the expert's figures are what the trajectory has from this step on.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
 import time
 
-from common import (CANDIDATES, TRAJECTORY, EnvironmentPool, Episode, StageOutput, UserError, add_engine_options,
-                    check_model, duration, failure, failures_last, is_valid, make_engine, normalise, play, progress,
-                    read_rows, run_stage, settings_of, share, turn_inputs, turn_sampling, turns_of)
+from common import (Candidates, StageOutput, UserError, add_engine_options, check_model, duration, failure, failures_last,
+                    fraction, label_of, make_engine, progress, read_rows, run_stage, settings_of, small_model, turn_sampling)
+from environments import file_of, files_of, read_trajectories, turn_limit
+from environments.workers import EnvironmentPool, Playing, play
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,106 +35,116 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--candidates", required=True, metavar="JSONL", help="what stage 1 wrote for them")
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
-    parser.add_argument("--extra-turns", type=int, metavar="K", help="end a rollout K turns after the expert would have been "
-                        "done: by then an action has led astray, and a small policy goes in circles; default: never")
-    parser.add_argument("--refusals", type=int, default=1, metavar="K", help="let the policy try on where the sampled action "
-                        "is refused, until K in a row have been; default: %(default)s")
+    parser.add_argument("--small-model", action="store_true", help="let the policy try on where the candidate is refused, "
+                        "up to four times, for stage 4 to show (prompts/small_model.py)")
     add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
     return parser.parse_args()
 
 
-def expert_rollout(key: str, candidate: dict, action: dict, trajectory: dict) -> dict:
+def branch(candidate: dict, trajectory: dict, step: int) -> list[dict]:
+    """What is played as it is: h_{t-1} and the sampled action. The rest is the policy's."""
+    return [*trajectory["steps"][:step - 1], {"thought": candidate["thought"], "action": candidate["action"]}]
+
+
+def refused(steps: list[dict], step: int) -> str | None:
+    """Why a rollout ends early: the environment refused its candidate."""
+    return "refused" if len(steps) == step and not steps[-1]["accepted"] else None
+
+
+def rollout_row(row: dict, place: int, trajectory: dict, steps: list[dict], reward: float, end: str) -> dict:
+    """The row of a candidate, from all steps of its episode. One that failed may have no step of its own."""
+    t = row["step"]
+    before = steps[t - 2]["reward"] if 1 < t <= len(steps) + 1 else 0.0
+    own = [{name: step[name] for name in ("thought", "action", "observation", "reward", "accepted", "candidates")
+            if name in step} for step in steps[t - 1:]]
+    return {"key": f"{row['key']}/{place}", "task": row["task"], "step": t, "candidate": place, "steps": own,
+            "reward": reward, "accepted": bool(own) and own[0]["accepted"], "end": end,
+            "expert_reward": trajectory["reward"], "expert_steps_left": len(trajectory["steps"]) - t + 1,
+            "action_reward": own[0]["reward"] - before if own else 0.0}
+
+
+def sampled_rollout(row: dict, place: int, trajectory: dict, episode: Playing) -> dict:
+    """What the policy made of a sampled action; of a refused one, its attempts until one was accepted."""
+    steps, end = episode.steps, episode.end
+    if not failure(end) and not steps[row["step"] - 1]["accepted"]:
+        accepted = next((t for t in range(row["step"], len(steps)) if steps[t]["accepted"]), len(steps))
+        steps, end = steps[:accepted], "refused"
+    reward = episode.reward if steps is episode.steps else steps[-1]["reward"]
+    return rollout_row(row, place, trajectory, steps, reward, end)
+
+
+def expert_rollout(row: dict, trajectory: dict) -> dict:
     """The expert's action, executed: the rest of the expert trajectory and its reward."""
-    rest = trajectory["steps"][candidate["step"] - 1:]
-    return rollout_row(key, candidate, action, rest, trajectory["reward"], None, "expert")
+    return rollout_row(row, 0, trajectory, trajectory["steps"], trajectory["reward"], "expert")
 
 
-def sampled_rollout(candidate: dict, action: dict, episode: Episode) -> dict:
-    """The sampled action, executed after h_{t-1}, and what the policy made of it; of a refused one what it tried in vain."""
-    before, steps = episode.steps[:candidate["step"] - 1], episode.steps[candidate["step"] - 1:]
-    gained = steps[0]["reward"] - (before[-1]["reward"] if before else 0.0) if steps else 0.0
-    refused = list(itertools.takewhile(lambda step: not is_valid(step["observation"]), steps))
-    if refused and not failure(episode.end):
-        return rollout_row(episode.key, candidate, action, refused, refused[-1]["reward"], gained, "refused")
-    return rollout_row(episode.key, candidate, action, steps, episode.reward, gained, episode.end)
+def read_inputs(args: argparse.Namespace) -> tuple[dict, dict]:
+    """({task: trajectory}, {key of a rollout: (candidates row, place)}) of the flagged steps."""
+    trajectories = {row["task"]: row for row in read_trajectories(args.trajectories)}
+    check_model(args.candidates, args.model)
+    work = {}
+    for row in read_rows(args.candidates, Candidates):
+        if row["task"] not in trajectories or row["step"] > len(trajectories[row["task"]]["steps"]):
+            raise UserError(f"{args.candidates}: '{row['key']}' is no step of {args.trajectories}; "
+                            "the two files do not belong together, run stage 1 again")
+        if row["flagged"]:
+            work |= {f"{row['key']}/{place}": (row, place) for place in range(len(row["candidates"]))}
+    return trajectories, work
 
 
-def branch(key: str, candidate: dict, action: dict, trajectory: dict, extra_turns: int | None, refusals: int) -> Episode:
-    """An episode that replays h_{t-1}, executes the sampled action and leaves the rest to the policy, if it is accepted."""
-    limit = math.inf if extra_turns is None else len(trajectory["steps"]) + extra_turns
-    prefix = trajectory["steps"][:candidate["step"] - 1]
-    sampled = {"thought": action["thought"], "action": action["action"]}
-    return Episode(key, trajectory["task"], forced=[*prefix, sampled], tried=candidate["step"], refusals=refusals,
-                   limit=limit)
+def left_the_expert(episode: Playing, trajectory: dict, t: int, path: str) -> bool:
+    """Whether h_{t-1} was not answered as in the trajectory when it was replayed. Raises UserError where it ended the episode."""
+    if len(episode.steps) < t and not failure(episode.end):
+        raise UserError(f"{path}: '{trajectory['key']}' ended at step {len(episode.steps)} when it was replayed "
+                        f"({episode.end}); is --max-turns below its length?")
+    return any(mine["observation"] != theirs["observation"]
+               for mine, theirs in zip(episode.steps[:t - 1], trajectory["steps"], strict=False))
 
 
-def determined_by(candidate: dict, action: dict, trajectory: dict) -> tuple:
-    """What a rollout depends on: the task, h_{t-1} and a^_t. Several experts of one task share their first steps."""
-    prefix = trajectory["steps"][:candidate["step"] - 1]
-    return trajectory["task"], *turns_of(prefix), normalise(action["action"])
+def roll_out(args: argparse.Namespace) -> None:
+    """Roll out every candidate of every flagged step."""
+    started = time.time()
+    trajectories, work = read_inputs(args)
+    label = label_of(next(iter(trajectories)))
+    stop = small_model().four_refused if args.small_model else refused
+    inputs = [args.trajectories, args.candidates, args.model, *files_of(label)]
+    code = [roll_out, file_of(label), *([stop] if args.small_model else [])]
+    strays = 0
+    with StageOutput(args.out, settings_of(args), inputs, code) as output:
+        def episode_of(key: str) -> Playing:
+            row, place = work[key]
+            return Playing(key, row["task"], turn_limit(row["task"], args.max_turns),
+                           branch(row["candidates"][place], trajectories[row["task"]], row["step"]),
+                           lambda steps: stop(steps, row["step"]))
 
-
-def rollout_row(key: str, candidate: dict, action: dict, steps: list[dict], reward: float,
-                gained: float | None, end: str) -> dict:
-    """A rollout that failed may have no steps."""
-    return {"key": key, "candidate": candidate["key"], "action": action["action"], "thought": action["thought"],
-            "source": action["source"], "reward": reward, "gained": gained, "end": end,
-            "valid": bool(steps) and is_valid(steps[0]["observation"]),
-            "steps": [{name: step[name] for name in ("thought", "action", "observation")} for step in steps]}
+        todo = [episode_of(key) for key, (row, place) in work.items()
+                if not row["candidates"][place]["from_expert"] and key not in output.done]
+        if todo:
+            with EnvironmentPool(label, min(args.max_live, len(todo))) as pool:
+                engine = make_engine(args)
+                played = failures_last(play(todo, engine, pool, turn_sampling(args.temperature, args.max_tokens), args.seed),
+                                       lambda episode: failure(episode.end), len(work))
+                for episode in progress(played, total=len(todo), desc="rollout"):
+                    row, place = work[episode.key]
+                    trajectory = trajectories[row["task"]]
+                    strays += left_the_expert(episode, trajectory, row["step"], args.trajectories)
+                    output.write(sampled_rollout(row, place, trajectory, episode))
+                print(engine.usage())
+        rows = [output.done.get(key) or expert_rollout(row, trajectories[row["task"]]) for key, (row, _) in work.items()]
+        sampled = [row for row in rows if row["candidate"] and not failure(row["end"])]
+        counts = {"sampled": len(sampled), "refused": sum(not row["accepted"] for row in sampled),
+                  "beat the expert": sum(row["reward"] > row["expert_reward"] for row in sampled),
+                  "failed": sum(bool(failure(row["end"])) for row in rows)}
+        output.finish(rows, counts)
+    average = sum(row["reward"] for row in sampled) / max(1, len(sampled))
+    print(f"{len(sampled)} sampled actions rolled out: {fraction(counts['refused'], len(sampled))} refused by the environment, "
+          f"average reward {average:.2f}, {counts['beat the expert']} beat the expert, {strays} met a state unlike the "
+          f"expert's; {counts['failed']} failed; {args.out}; "
+          f"{duration(time.time() - started)}")
 
 
 def main() -> None:
-    args = parse_arguments()
-    started = time.time()
-    trajectories = {row["key"]: row for row in read_rows(args.trajectories, TRAJECTORY)}
-    check_model(args.candidates, args.model)
-    work = {}
-    for candidate in read_rows(args.candidates, CANDIDATES):
-        trajectory = trajectories.get(candidate["trajectory"])
-        if trajectory is None or candidate["step"] > len(trajectory["steps"]):
-            raise UserError(f"{args.candidates}: '{candidate['key']}' is no step of {args.trajectories}; "
-                            "the two files do not belong together, run stage 1 again")
-        if candidate["flagged"]:
-            for place, action in enumerate(candidate["actions"]):
-                work[f"{candidate['key']}/{place}"] = (candidate, action, trajectory)
-    env = next(iter(trajectories.values()))["env"]
-    strays = 0
-    inputs = [args.trajectories, args.candidates, args.model, *turn_inputs(env)]
-    first: dict[tuple, str] = {}  # {what determines a sampled action's rollout: the key of the first such}
-    for key, item in work.items():
-        if item[1]["source"] == "sample":
-            first.setdefault(determined_by(*item), key)
-    with StageOutput(args.out, settings_of(args), inputs) as output:
-        todo = [branch(key, *work[key], args.extra_turns, args.refusals) for key in first.values() if key not in output.done]
-        if todo:
-            with EnvironmentPool(env, min(args.max_live, len(todo))) as pool:
-                sampling = turn_sampling(args.temperature, args.max_tokens)
-                engine = make_engine(args)
-                episodes = failures_last(play(todo, engine, pool, sampling, args.seed, args.max_turns),
-                                         lambda episode: failure(episode.end), len(work))
-                for episode in progress(episodes, total=len(todo), desc="rollout"):
-                    candidate, action, trajectory = work[episode.key]
-                    t = candidate["step"]
-                    if len(episode.steps) < t and not failure(episode.end):
-                        raise UserError(f"{args.trajectories}: '{trajectory['key']}' ended at step {len(episode.steps)} "
-                                        f"when it was replayed ({episode.end}); is --max-turns below its length?")
-                    strays += any(mine["observation"] != theirs["observation"]
-                                  for mine, theirs in zip(episode.steps[:t - 1], trajectory["steps"], strict=False))
-                    output.write(sampled_rollout(candidate, action, episode))
-                print(engine.usage())
-        rows = [expert_rollout(key, *item) if item[1]["source"] == "expert"
-                else output.done[first[determined_by(*item)]] | {"key": key, "candidate": item[0]["key"],
-                                                                 "action": item[1]["action"]}
-                for key, item in work.items()]
-        failed = sum(bool(failure(row["end"])) for row in rows)
-        sampled = [row for row in rows if row["source"] == "sample" and not failure(row["end"])]
-        refused = sum(not row["valid"] for row in sampled)
-        better = sum(row["reward"] > work[row["key"]][2]["reward"] for row in sampled)
-        output.finish(rows, {"sampled": len(sampled), "refused": refused, "beat the expert": better, "failed": failed})
-    average = sum(row["reward"] for row in sampled) / len(sampled) if sampled else 0
-    print(f"{len(sampled)} sampled actions rolled out: {share(refused, len(sampled))} refused by the environment, average "
-          f"reward {average:.2f}, {better} beat the expert, {strays} met a state unlike the expert's"
-          f"{f'; {failed} more failed' if failed else ''}; {args.out}; {duration(time.time() - started)}")
+    roll_out(parse_arguments())
 
 
 if __name__ == "__main__":

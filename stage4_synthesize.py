@@ -6,17 +6,13 @@
 
 For every flagged step the frozen base model writes one deliberation thought from the candidate actions and their
 critiques, z~_t ~ pi_base(. | {(a^(n), c^(n))}, Prompt_d) (equation 6); it ends in the expert's action. The prompt is
-prompts/deliberation.txt. A thought that fails its checks is sampled again, at the last attempt with its form held by a
-regular expression; then the step keeps its old thought. Unflagged steps keep theirs too (section 4.5).
+prompts/deliberation.txt. A thought that fails its checks is sampled again; then the step keeps its old thought. Unflagged
+steps keep theirs, too (section 4.5).
 
-Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. Steps that deliberate have
-"deliberated": true, those that fell back "fallback": [reasons]. With --expert-switch, a rollout whose reward beats the
-expert's replaces the rest of the trajectory from its step on; the row then says so in "switched". The thought that a step
-had before it deliberated is in "plain".
-
-With --recover, what the environment refused the policy at a step is shown as tried before the deliberation ("tried", turns
-that are not learnt), whose list begins with the last of it and goes on with what is possible: experts are never refused, so
-that nothing else teaches to go on from there.
+Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. A step that deliberates has
+"candidates": [{"action": "...", "judgement": "..."}, ...] and "original_thought"; one whose drafts were of no use has
+"draft_errors". With --expert-switch, a rollout whose reward beats the expert's replaces the rest of the trajectory from its
+step on; the row then has "replaced_from": {"step": 3, "rollout": KEY, "expert_reward": 0.5}.
 
 The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC); with
 --propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS).
@@ -28,15 +24,14 @@ import argparse
 import random
 import re
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter
 
-from common import (CANDIDATES, CRITIQUE, GUIDED, REASON, REFUSED, ROLLOUT, TRAJECTORY, Output, StageOutput, UserError,
-                    add_engine_options, check_model, copies, duration, failure, failures_last, fill_dialogue,
-                    first_sentences, generate_checked, held_at_last, is_cut_off, is_deliberation, is_valid, leak_in,
-                    listed_candidates, literally, make_engine, normalise, parse_turn, progress, prompt_path, read_rows,
-                    repeats_itself, retry_sampling, run_stage, settings_of, share, stable_seed, steps_text,
-                    without_names)
+from common import (Candidates, Critique, Output, Rollout, StageOutput, UserError, add_engine_options, check_model, duration,
+                    failure, failures_last, fraction, listed_candidates, make_engine, normalise, parse_turn, progress,
+                    prompt_path, read_rows, run_stage, settings_of, small_model, stable_seed, with_candidates)
+from environments import read_trajectories
+from prompts.base_model import (REASON, copies, first_sentences, is_cut_off, literally, draft_sampling, drafts, fill_dialogue, leak_in, repeats_itself, steps_text,
+                                without_names)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,24 +45,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions "
                         "(collected experts all reach the full reward; published ones may not)")
-    parser.add_argument("--attempts", type=int, default=3, help="tries before falling back; default: %(default)s")
-    parser.add_argument("--guided", choices=GUIDED, help="for small base models: hold every try to the form of the "
-                        "last, in which critiques' first sentences are the judgements and the model gives the reason of "
-                        "the choice; or, where there are critiques, verdicts: no model is asked, the reason is the old "
-                        "thought")
-    parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; "
-                        "default: all")
-    parser.add_argument("--choice-first", action="store_true", help="list the expert's action before all that was not tried; "
-                        "default: in the order of how often the policy sampled them")
-    recover = parser.add_mutually_exclusive_group()
-    recover.add_argument("--recover", action="store_true", help="show what the policy tried in vain (stage 2's --refusals) "
-                         "before the deliberation, and begin its list with the last of it")
-    recover.add_argument("--recover-only", action="store_true", help="an ablation: show it before the old thought, and "
-                         "deliberate nowhere")
+    parser.add_argument("--attempts", type=int, default=3, help="drafts before a step keeps its old thought; 0 asks no model; "
+                        "default: %(default)s")
+    parser.add_argument("--guided", choices=("reasons",), help="hold every draft to a form")
+    parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; default: all")
+    small = parser.add_argument_group("for small models only (prompts/small_model.py)")
+    small.add_argument("--small-model", action="store_true", help="where no draft is of use, put the thought together from the "
+                       "verdicts; show what the policy tried in vain before the step")
+    small.add_argument("--recover-only", action="store_true", help="an ablation: show what was tried in vain, deliberate nowhere")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=1024)
     args = parser.parse_args()
-    if (args.recover or args.recover_only) and not (args.rollouts and args.critiques):
-        parser.error("--recover and --recover-only need --rollouts and --critiques, which tell what was refused")
+    args.small_model |= args.recover_only
+    if args.small_model and not (args.rollouts and args.critiques):
+        parser.error("--small-model and --recover-only need --rollouts and --critiques, which tell what was refused")
     return args
 
 
@@ -79,84 +69,45 @@ def switch_expert(trajectory: dict, rollouts: list[dict]) -> dict:
     better = [row for row in rollouts if row["reward"] > trajectory["reward"] and not failure(row["end"])]
     if not better:
         return trajectory
-    first = min(step_of(row["candidate"]) for row in better)
-    best = max((row for row in better if step_of(row["candidate"]) == first), key=lambda row: row["reward"])
-    # What was refused changed nothing and is not to be learnt; a policy of a later iteration deliberates by itself.
-    continuation = [step | {"deliberated": is_deliberation(step["thought"]), "plain": purpose(step["thought"], step["action"])}
-                    for step in best["steps"] if is_valid(step["observation"])]
-    return trajectory | {"steps": trajectory["steps"][:first - 1] + continuation, "reward": best["reward"],
-                         "switched": {"step": first, "rollout": best["key"], "expert_reward": trajectory["reward"]}}
+    best = min(better, key=lambda row: (row["step"], -row["reward"]))
+    # What was refused changed nothing and is not to be learnt.
+    continuation = [step for step in best["steps"] if step["accepted"]]
+    return trajectory | {"steps": trajectory["steps"][:best["step"] - 1] + continuation, "reward": best["reward"],
+                         "replaced_from": {"step": best["step"], "rollout": best["key"],
+                                           "expert_reward": trajectory["reward"]}}
 
 
-def step_of(candidate_key: str) -> int:
-    return int(candidate_key.rsplit("/step", 1)[1])
+# --- What is compared ---------------------------------------------------------------------------------------------
 
 
-# --- Synthesis ----------------------------------------------------------------------------------------------------
+def judged_candidates(row: dict, critiques: list[dict]) -> list[dict]:
+    """A step's candidates with their critiques, of the task's; where there are none, as they are. One whose rollout failed is
+    left out."""
+    if not critiques:
+        return row["candidates"]
+    return [row["candidates"][each["candidate"]] | {"critique": each["text"], "verdict": each["verdict"]}
+            for each in critiques if each["step"] == row["step"]]
 
 
-def refused_attempts(rollouts: list[dict], seed: int) -> dict[str, list[dict]]:
-    """{step: what the policy tried there in vain, one action after the other}: any beginning of a refused rollout, by lot,
-    so that going on is learnt after the first refusal as well as after the last."""
-    beginnings = defaultdict(list)
-    for row in rollouts:
-        if row["source"] == "sample" and not row["valid"] and not failure(row["end"]):
-            beginnings[row["candidate"]] += [row["steps"][:end] for end in range(1, len(row["steps"]) + 1)]
-    return {step: random.Random(stable_seed(seed, step, "tried")).choice(choices) for step, choices in beginnings.items()}
-
-
-def plan_steps(trajectory: dict, candidates: list[dict], critiques: dict[str, list[dict]], seed: int,
-               choice_first: bool = False, attempts: dict[str, list[dict]] | None = None) -> list[dict]:
-    """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to compare.
-
-    The candidates come in the order of how often the policy sampled them, equals by lot; the expert's where it was never
-    sampled by lot among them all. At the end it would teach the policy to condemn what it lists first, at the front to
-    praise it, whatever it is; and in a random order altogether it finds no end of its list. Wherever that puts it, the
-    expert's comes before its equals by the environment's verdict: then the choice is the first that leads on, which a
-    policy can learn, and no arbitrary one of several. With choice_first it comes before all of them: a policy whose lists
-    begin with its own wrong actions learns to reject what it lists first, right or wrong. What was tried last before the
-    step comes first of all.
-
-    A step that differs from the one the candidates were sampled at, after a switch, keeps its thought.
-    """
-    last = trajectory.get("switched", {"step": len(trajectory["steps"])})["step"]
-    return [{"key": row["key"], "trajectory": trajectory, "step": row["step"], "action": action,
-             "candidates": tried_first(tried, by_preference(compared, row, action, seed, choice_first), action),
-             "tried": tried, "sampled": row["actions"]}
-            for row in candidates if row["flagged"] and row["step"] <= last
-            for compared in [critiques.get(row["key"], row["actions"])] if len(compared) > 1
-            for action in [trajectory["steps"][row["step"] - 1]["action"]]
-            for tried in [[step for step in (attempts or {}).get(row["key"], [])
-                           if normalise(step["action"]) not in ("", normalise(action))]]]
-
-
-def tried_first(tried: list[dict], ranked: list[dict], choice: str) -> list[dict]:
-    """What was tried last and in vain, and then those candidates that are possible, the choice among them in any case.
-
-    Listing what is not possible teaches to list it. Where all that was tried came first, up to four, the policy's lists went
-    on to the token limit (at 40 of 634 steps); where other impossible candidates came after the last, it listed the refused
-    action a second time, as one that leads on (97 % of what it did after a second refusal had been refused before).
-    """
-    if not tried:
-        return ranked
-    others = {normalise(candidate["action"]): candidate for candidate in ranked}
-    last = {"action": tried[-1]["action"], "critique": f"{REFUSED}.", "verdict": REFUSED}
-    return [others.pop(normalise(last["action"]), last),
-            *(row for action, row in others.items() if row["verdict"] != REFUSED or action == normalise(choice))]
-
-
-def by_preference(compared: list[dict], row: dict, choice: str, seed: int, choice_first: bool) -> list[dict]:
-    counts = {action["action"]: action["count"] for action in row["actions"]}
-    lot = random.Random(stable_seed(seed, row["key"]))
-    ranked = sorted(compared, key=lambda candidate: (-counts[candidate["action"]], lot.random()))
-    if not counts[ranked[-1]["action"]]:
-        ranked.insert(lot.randrange(len(ranked)), ranked.pop())
-    chosen = next(candidate for candidate in ranked if normalise(candidate["action"]) == normalise(choice))
-    first = next(place for place, candidate in enumerate(ranked)
-                 if candidate is chosen or "verdict" in candidate and candidate["verdict"] == chosen["verdict"])
-    ranked.remove(chosen)
-    ranked.insert(0 if choice_first else first, chosen)
+def by_sample_count(candidates: list[dict], key: str, seed: int) -> list[dict]:
+    """Sorted by sample count, ties at random; an expert action that was never sampled goes to a random place: its place
+    must not tell that it is the expert's."""
+    draw = random.Random(stable_seed(seed, key))
+    ranked = sorted(candidates, key=lambda candidate: (-candidate["count"], draw.random()))
+    if not ranked[-1]["count"]:
+        ranked.insert(draw.randrange(len(ranked)), ranked.pop())
     return ranked
+
+
+def plan_steps(trajectory: dict, rows: list[dict], critiques: list[dict], seed: int) -> list[dict]:
+    """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to compare. One
+    that differs from the step that the candidates were sampled at, after a switch, keeps its thought."""
+    last = trajectory.get("replaced_from", {"step": len(trajectory["steps"])})["step"]
+    compared = [(row, judged_candidates(row, critiques)) for row in rows if row["flagged"] and row["step"] <= last]
+    return [{"key": row["key"], "trajectory": trajectory, "step": row["step"],
+             "action": trajectory["steps"][row["step"] - 1]["action"],
+             "candidates": by_sample_count(candidates, row["key"], seed)}
+            for row, candidates in compared if len(candidates) > 1]
 
 
 def plan_proposals(trajectory: dict) -> list[dict]:
@@ -165,16 +116,19 @@ def plan_proposals(trajectory: dict) -> list[dict]:
              "candidates": None} for t, step in enumerate(trajectory["steps"], 1)]
 
 
-def deliberation_prompt(item: dict, args: argparse.Namespace) -> list[str]:
+# --- Synthesis ----------------------------------------------------------------------------------------------------
+
+
+def deliberation_prompt(item: dict, propose: int | None, shown: int | None) -> list[str]:
     """Prompt_d: the task, the history, the candidates with their critiques, and the action to arrive at."""
     trajectory, t = item["trajectory"], item["step"]
     if item["candidates"] is None:
-        notes = f"- {item['action']}\n(and {args.propose} other actions that you think of yourself)"
+        notes = f"- {item['action']}\n(and {propose} other actions that you think of yourself)"
     else:
         notes = "\n".join(f"- {row['action']}" + (f": {row['critique']}" if "critique" in row else "")
                           for row in item["candidates"])
     return fill_dialogue("deliberation", task=trajectory["instruction"], candidates=notes, expert_action=item["action"],
-                         history=steps_text(trajectory["steps"][:t - 1], last=args.shown_steps))
+                         history=steps_text(trajectory["steps"][:t - 1], last=shown))
 
 
 def deliberation_form(item: dict) -> str:
@@ -207,7 +161,7 @@ def judgements(item: dict) -> list[str]:
 
 def lists_its_candidates(thought: str, item: dict) -> bool:
     """Whether the bullets are the candidates; or, where there were none, the expert's action and at least another."""
-    listed = set(listed_candidates(thought))
+    listed = {each["action"] for each in listed_candidates(thought)}
     if item["candidates"] is None:
         return normalise(item["action"]) in listed and len(listed) > 1
     return listed == {normalise(row["action"]) for row in item["candidates"]}
@@ -221,7 +175,7 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
         return thought, "no action line" if not turn["action"] else "another action than the expert's"
     if not lists_its_candidates(thought, item):
         return thought, "bullets are not the candidates"
-    own_words = without_names(thought, listed_candidates(thought))
+    own_words = without_names(thought, [each["action"] for each in listed_candidates(thought)])
     if leak_in(own_words):
         return thought, "speaks of the scratch-pad"
     lines = [line.partition(": ")[2] if line.startswith("- ") else line for line in own_words.split("\n")]
@@ -234,128 +188,113 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
     return thought, None
 
 
-def by_verdicts(item: dict) -> str:
-    """The deliberation thought that needs no model: the thought that came with the first candidate (the policy's when it
-    sampled it; the expert's, where its action comes first), the verdicts, the choice, and what was thought at this step
-    before.
-
-    The old thought says what the action is for: a policy that learns the verdicts in its place forgets what it has done and
-    what is left to do. The choice stands before it, next to the verdicts: else it follows the thought and not these. The
-    policy's own thought comes first as it does where nothing is deliberated: what is listed is what it would have done.
-
-    Where that was tried in vain there is neither: a policy that still wants it says so in the thought after the choice, and
-    then does it again (of 101 such thoughts that led away from the choice, all but one led to a refused action).
-    """
-    choice = f"I choose to {item['action']}."
-    if item.get("tried"):
-        return "\n".join([*judgements(item), "", choice])
-    first = item["candidates"][0]["action"]
-    draft = purpose(next(sampled["thought"] for sampled in item["sampled"] if sampled["action"] == first), first)
-    return "\n".join([*([draft, ""] if draft else []), *judgements(item), "", f"{choice} {plain_thought(item)}"])
+def deliberate(step: dict, thought: str) -> None:
+    """Give a step its deliberation thought."""
+    step.pop("text", None)
+    step |= {"original_thought": step.get("original_thought", step["thought"]), "thought": thought, **with_candidates(thought)}
 
 
-def plain_thought(item: dict) -> str:
-    """The thought that the step had before it deliberated."""
-    step = item["trajectory"]["steps"][item["step"] - 1]
-    return step.get("plain", step["thought"])
+# --- The stage ----------------------------------------------------------------------------------------------------
 
 
-def purpose(thought: str, action: str) -> str:
-    """What a policy's thought says an action is for; of a deliberation, what follows the list and the choice."""
-    return thought.split("\n\n")[-1].removeprefix(f"I choose to {action}.").strip()
-
-
-def grouped(path: str | None, fields: dict, group: Callable[[dict], str]) -> dict[str, list[dict]]:
-    """The rows of a file by the group they belong to; nothing where there is no file."""
+def by_task(path: str | None, kind: type) -> dict[str, list[dict]]:
+    """The rows of a file by their task; nothing where there is no file."""
     groups: dict[str, list[dict]] = {}
-    for row in read_rows(path, fields, may_be_empty=True) if path else ():
-        groups.setdefault(group(row), []).append(row)
+    for row in read_rows(path, kind, may_be_empty=True) if path else ():
+        groups.setdefault(row["task"], []).append(row)
     return groups
 
 
-def main() -> None:
-    args = parse_arguments()
-    started = time.time()
-    candidates = grouped(args.candidates, CANDIDATES, lambda row: row["trajectory"])
-    rollouts = grouped(args.rollouts, ROLLOUT, lambda row: row["candidate"].rsplit("/step", 1)[0])
-    critiques = grouped(args.critiques, CRITIQUE, lambda row: row["candidate"])
+def check_critiques(args: argparse.Namespace, rows: list[dict], rollouts: list[dict], critiques: list[dict]) -> None:
+    """Raise UserError unless each candidate of a task whose rollout did not fail has a critique."""
+    for row in rows:
+        failed = {rollout["candidate"] for rollout in rollouts if rollout["step"] == row["step"] and failure(rollout["end"])}
+        needed = set(range(len(row["candidates"]))) - failed
+        judged = {critique["candidate"] for critique in critiques if critique["step"] == row["step"]}
+        if row["flagged"] and judged != needed:
+            raise UserError(f"{args.critiques}: '{row['key']}' needs {len(needed)} critiques and has {len(judged)}, or those of "
+                            f"other candidates than {args.candidates} has; run stages 2 and 3 again")
+
+
+def plan(args: argparse.Namespace) -> tuple[list[dict], dict[str, dict]]:
+    """(the trajectories, switched where a rollout is better; {key: a step that needs a deliberation})"""
+    candidates, rollouts = by_task(args.candidates, Candidates), by_task(args.rollouts, Rollout)
+    critiques = by_task(args.critiques, Critique)
     if args.critiques:
         check_model(args.critiques, args.model)
-    trajectories, plan = [], {}
-    for row in read_rows(args.trajectories, TRAJECTORY):
-        row.pop("switched", None)  # the last iteration's
-        if args.expert_switch:
-            row = switch_expert(row, rollouts.get(row["key"], []))
+    trajectories, items = [], []
+    for row in read_trajectories(args.trajectories):
+        row.pop("replaced_from", None)  # the last iteration's
         for step in row["steps"]:
-            step.pop("fallback", None)
+            step.pop("draft_errors", None)
+        rows, rolled, judged = (rows.get(row["task"], []) for rows in (candidates, rollouts, critiques))
+        if args.critiques and args.rollouts:
+            check_critiques(args, rows, rolled, judged)
+        row = switch_expert(row, rolled) if args.expert_switch else row
         trajectories.append(row)
-        failed = defaultdict(set)
-        for rollout in rollouts.get(row["key"], []):
-            if failure(rollout["end"]):
-                failed[rollout["candidate"]].add(rollout["action"])
-        for step in candidates.get(row["key"], []) if args.critiques and args.rollouts else ():
-            needed = {action["action"] for action in step["actions"]} - failed[step["key"]]
-            judged = {critique["action"] for critique in critiques.get(step["key"], [])}
-            if step["flagged"] and judged != needed:
-                raise UserError(f"{args.critiques}: '{step['key']}' needs {len(needed)} critiques and has {len(judged)}, or "
-                                f"those of other actions than {args.candidates} has; run stages 2 and 3 again")
-        # Verdicts measure by the expert that a switch has just given up; the next iteration's measure by the new one.
-        items = (plan_proposals(row) if args.propose else [] if args.guided and "switched" in row
-                 else plan_steps(row, candidates.get(row["key"], []), critiques, args.seed, args.choice_first,
-                                 refused_attempts(rollouts.get(row["key"], []), args.seed)
-                                 if args.recover or args.recover_only else None))
-        plan |= {item["key"]: item for item in items}
+        planned = plan_proposals(row) if args.propose else plan_steps(row, rows, judged, args.seed)
+        items += small_model().plan(planned, rolled, args.seed) if args.small_model else planned
+    return trajectories, {item["key"]: item for item in items}
+
+
+def synthesize(args: argparse.Namespace) -> None:
+    """Write a deliberation for every step that needs one."""
+    started = time.time()
+    trajectories, items = plan(args)
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:
-        return deliberation_prompt(item, args), retry_sampling(args, item["key"], attempt, deliberation_form(item))
+        return deliberation_prompt(item, args.propose, args.shown_steps), draft_sampling(args, item["key"], attempt, deliberation_form(item))
 
     def check(item: dict, output: Output) -> tuple[str, str | None]:
-        return check_deliberation(item, deliberation_prompt(item, args), output)
+        return check_deliberation(item, deliberation_prompt(item, args.propose, args.shown_steps), output)
 
-    files = (args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation"),
-             args.model)
-    inputs = [file for file in files if file]
-    with StageOutput(args.out, settings_of(args), inputs) as output:
-        todo = [item for key, item in plan.items() if key not in output.done]
-        if todo:
-            if args.recover_only or args.guided == "verdicts" and args.critiques:
-                thought_of = plain_thought if args.recover_only else by_verdicts
-                engine, results = None, ((item, thought_of(item), []) for item in todo)
-            else:
-                engine = make_engine(args)
-                results = failures_last(generate_checked(engine, todo, request, check, args.attempts, args.max_live),
-                                        lambda result: failure((result[2] or [""])[-1]), len(plan))
-            for item, thought, refused in progress(results, total=len(todo), desc="synthesize"):
-                output.write({"key": item["key"], "thought": thought, "refused": refused})
-            if engine:
-                print(engine.usage())
-        for key, item in plan.items():
-            step = item["trajectory"]["steps"][item["step"] - 1]
-            written = output.done[key]
-            if written["thought"] is not None:
-                for name in "text", "tried":
-                    step.pop(name, None)
-                step |= {"plain": plain_thought(item), "thought": written["thought"], "deliberated": not args.recover_only}
-                if item.get("tried"):
-                    step["tried"] = item["tried"]
-            else:
-                step["fallback"] = written["refused"]
-        results = list(output.done.values())
-        fallbacks = sum(row["thought"] is None for row in results)
-        held = sum(row["thought"] is not None and held_at_last(args, len(row["refused"])) for row in results)
-        reasons = Counter(reason for row in results for reason in row["refused"])
+    files = (args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation"), args.model)
+    code = [synthesize, *([small_model().finish_step, small_model().plan] if args.small_model else [])]
+    with StageOutput(args.out, settings_of(args), filter(None, files), code) as output:
+        todo = [item for key, item in items.items() if key not in output.done]
+        attempts = 0 if args.recover_only else args.attempts
+        engine = make_engine(args) if todo and attempts else None
+        results = failures_last(drafts(engine, todo, request, check, attempts, args.max_live),
+                                lambda result: failure((result[2] or [""])[-1]), len(items))
+        for item, thought, errors in progress(results, total=len(todo), desc="synthesize"):
+            output.write({"key": item["key"], "thought": thought, "draft_errors": errors})
+        written = [output.done[key] for key in items]
+        for item, draft in zip(items.values(), written, strict=True):
+            finish_step(item, draft, args)
         steps = [step for row in trajectories for step in row["steps"]]
-        made = 0 if args.recover_only else len(plan)
-        switched, deliberating, recovering = (sum(bool(row.get(name)) for row in rows) for name, rows in
-                                              (("switched", trajectories), ("deliberated", steps), ("tried", steps)))
-        output.finish([row | {"source": "deliberation"} for row in trajectories], {
-            "deliberations": made, "fallbacks": fallbacks, "held to the form": held, "refused attempts": reasons,
-            "switched": switched, "deliberating steps": deliberating, "steps after a refusal": recovering})
-    print(f"{made} deliberations, {share(fallbacks, made)} fell back to the old thought"
-          f"{f', {held} were held to the form' if held else ''}; refused attempts: "
-          f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; "
-          f"{switched} trajectories switched; {share(deliberating, len(steps))} steps deliberate, {recovering} go on from a "
-          f"refusal; {args.out}; {duration(time.time() - started)}")
+        counts = {"drafted": len(items), "no draft of use": sum(row["thought"] is None for row in written),
+                  "draft errors": Counter(reason for row in written for reason in row["draft_errors"]),
+                  "switched": sum("replaced_from" in row for row in trajectories),
+                  "deliberating steps": sum("candidates" in step for step in steps),
+                  "steps after failed attempts": sum("failed_attempts" in step for step in steps)}
+        output.finish([row | {"source": "deliberation"} for row in trajectories], counts)
+    if engine:
+        print(engine.usage())
+    print(summary(counts, len(steps), args) + f"; {args.out}; {duration(time.time() - started)}")
+
+
+def finish_step(item: dict, draft: dict, args: argparse.Namespace) -> None:
+    """Write into a step what came of its drafts: a deliberation, or why there is none."""
+    step, thought = item["trajectory"]["steps"][item["step"] - 1], draft["thought"]
+    if args.small_model:
+        thought = small_model().finish_step(step, item, thought, args.recover_only)
+    if thought is not None:
+        deliberate(step, thought)
+    elif draft["draft_errors"]:
+        step["draft_errors"] = draft["draft_errors"]
+
+
+def summary(counts: dict, steps: int, args: argparse.Namespace) -> str:
+    errors = ", ".join(f"{count} {reason}" for reason, count in counts["draft errors"].most_common()) or "none"
+    without = "put together from verdicts" if args.small_model else "kept their thought"
+    return (f"{counts['drafted']} steps to deliberate at, {fraction(counts['no draft of use'], counts['drafted'])} {without}; "
+            f"drafts not used: {errors}; {counts['switched']} trajectories switched; "
+            f"{fraction(counts['deliberating steps'], steps)} steps deliberate, "
+            f"{counts['steps after failed attempts']} come after failed attempts")
+
+
+def main() -> None:
+    synthesize(parse_arguments())
 
 
 if __name__ == "__main__":
