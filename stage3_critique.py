@@ -3,9 +3,10 @@
     python stage3_critique.py --model models/SmolLM2-135M-Instruct --trajectories runs/x/expert.jsonl \\
         --rollouts runs/x/iter1/rollouts.jsonl --out runs/x/iter1/critiques.jsonl
 
-The frozen base model judges every rolled out action in the light of what came of it: c_t ~ pi_base(. | a^_t, e^_t, r_t,
-Prompt_c) (equation 5), at temperature 0. The prompt is prompts/critique.txt. What it writes is checked; a critique that
-fails is sampled again at temperature 0.5, and at last replaced by a sentence made of validity and reward. One row a rollout:
+The frozen base model judges every rolled out action in the light of what came of it: c_t ~ pi_base(. | a^_t,
+e^_t, r_t, Prompt_c) (equation 5), at temperature 0. The prompt is prompts/critique.txt. What it writes is
+checked; a critique that fails is sampled again at temperature 0.5, and at last replaced by a sentence made of
+validity and reward. One row a rollout:
 
     {"key": "scienceworld/find-animal/12/step3/1", "task": "scienceworld/find-animal/12", "step": 3, "candidate": 1,
      "text": "Focusing on the bee is possible here. ...",
@@ -24,7 +25,7 @@ from collections import Counter
 from common import (Output, Rollout, StageOutput, UserError, add_engine_options, duration, failure, failures_last, fraction,
                     make_engine, progress, prompt_path, read_rows, run_stage, settings_of)
 from environments import read_trajectories
-from prompts.base_model import (REASON, copies, is_cut_off, literally, draft_sampling, drafts, fill_dialogue, first_sentences, leak_in, repeats_itself,
+from prompts.base_model import (copies, draft_sampling, drafts, fill_dialogue, first_sentences, leak_in, repeats_itself,
                                 steps_text, without_names)
 
 TAG = "Action Evaluation:"
@@ -39,25 +40,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="JSONL")
     parser.add_argument("--attempts", type=int, default=3, help="drafts before the template; 0 asks no model; "
                         "default: %(default)s")
-    parser.add_argument("--guided", choices=("reasons",), help="hold every draft to the verdict and a reason")
-    parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history and the first "
-                        "K of the future; default: all")
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=200)
     return parser.parse_args()
 
 
-def critique_prompt(rollout: dict, trajectory: dict, shown: int | None) -> list[str]:
-    """Prompt_c: the task, the history h_{t-1}, the action with the observations that followed, and the final reward. Where
-    the action was refused the rollout ended there, so that its reward says nothing of the action."""
+def critique_prompt(rollout: dict, trajectory: dict) -> list[str]:
+    """Prompt_c: the task, the history h_{t-1}, the action with the observations that followed, and the final
+    reward. Where the action was refused the rollout ended there, so that its reward says nothing of the
+    action."""
     end = (f"Final reward: {rollout['reward']:.2f} of 1" if rollout["accepted"]
            else "The action was refused; nothing has changed.")
     return fill_dialogue("critique", task=trajectory["instruction"], action=rollout["steps"][0]["action"],
-                         rollout=f"{steps_text(rollout['steps'][:shown])}\n{end}",
-                         history=steps_text(trajectory["steps"][:rollout["step"] - 1], last=shown))
-
-
-def critique_form(rollout: dict) -> str:
-    return rf"{TAG} {literally(verdict(rollout))}, {REASON}"
+                         rollout=f"{steps_text(rollout['steps'])}\n{end}",
+                         history=steps_text(trajectory["steps"][:rollout["step"] - 1]))
 
 
 def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[str, str | None]:
@@ -78,17 +73,15 @@ def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[st
         return text, "repeats itself"
     if copies(text, prompt):
         return text, "copies the prompt"
-    if is_cut_off(text):
-        return text, "cut off"
     if (IMPOSSIBLE if rollout["accepted"] else POSSIBLE).search(first_sentences(text, 1)):  # others may be of other actions
         return text, "contradicts the environment"
     return text, None
 
 
 def verdict(rollout: dict) -> str:
-    """What the environment says of an action: whether it was possible, and what came of it, measured by the expert's way
-    from here on. Only what leads to more reward, or to as much in as few steps, leads on: else every action that the policy
-    recovers from in the end would be as good as every other."""
+    """What the environment says of an action: whether it was possible, and what came of it, measured by the
+    expert's way from here on. Only what leads to more reward, or to as much in as few steps, leads on: else
+    every action that the policy recovers from in the end would be as good as every other."""
     if not rollout["accepted"]:
         return "This is not possible here and only wastes a turn"
     reward, expert_reward = round(rollout["reward"], 3), round(rollout["expert_reward"], 3)
@@ -119,14 +112,12 @@ def critique(args: argparse.Namespace) -> None:
                             "the two files do not belong together, run stages 1 and 2 again")
 
     def prompt(rollout: dict) -> list[str]:
-        return critique_prompt(rollout, trajectories[rollout["task"]], args.shown_steps)
+        return critique_prompt(rollout, trajectories[rollout["task"]])
 
     def request(rollout: dict, attempt: int) -> tuple[list[str], dict]:
-        return prompt(rollout), draft_sampling(args, rollout["key"], attempt, critique_form(rollout))
+        return prompt(rollout), draft_sampling(args, rollout["key"], attempt)
 
     def check(rollout: dict, output: Output) -> tuple[str, str | None]:
-        if args.guided and not re.fullmatch(critique_form(rollout), output.text.strip()):
-            return output.text, "not in its form"
         return check_critique(rollout, prompt(rollout), output)
 
     inputs = [args.trajectories, args.rollouts, prompt_path("critique"), args.model]

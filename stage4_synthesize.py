@@ -4,18 +4,20 @@
         --candidates runs/x/iter1/candidates.jsonl --rollouts runs/x/iter1/rollouts.jsonl \\
         --critiques runs/x/iter1/critiques.jsonl --out runs/x/iter1/deliberations.jsonl
 
-For every flagged step the frozen base model writes one deliberation thought from the candidate actions and their
-critiques, z~_t ~ pi_base(. | {(a^(n), c^(n))}, Prompt_d) (equation 6); it ends in the expert's action. The prompt is
-prompts/deliberation.txt. A thought that fails its checks is sampled again; then the step keeps its old thought. Unflagged
-steps keep theirs, too (section 4.5).
+For every flagged step the frozen base model writes one deliberation thought from the candidate actions and
+their critiques, z~_t ~ pi_base(. | {(a^(n), c^(n))}, Prompt_d) (equation 6); it ends in the expert's action.
+The prompt is prompts/deliberation.txt. A thought that fails its checks is sampled again; then the step keeps
+its old thought. Unflagged steps keep theirs, too (section 4.5).
 
-Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. A step that deliberates has
-"candidates": [{"action": "...", "judgement": "..."}, ...] and "original_thought"; one whose drafts were of no use has
-"draft_errors". With --expert-switch, a rollout whose reward beats the expert's replaces the rest of the trajectory from its
-step on; the row then has "replaced_from": {"step": 3, "rollout": KEY, "expert_reward": 0.5}.
+Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. A step that
+deliberates has "candidates": [{"action": "...", "judgement": "..."}, ...] and "original_thought"; one whose
+drafts were of no use has "draft_errors". With --expert-switch, a rollout whose reward beats the expert's
+replaces the rest of the trajectory from its step on; the row then has "replaced_from": {"step": 3, "rollout":
+KEY, "expert_reward": 0.5}.
 
-The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC); with
---propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o SAS).
+The ablations of table 3: without --rollouts and --critiques the candidates come without judgements (w/o EAC);
+with --propose N, and no candidates at all, the base model thinks of N other actions itself, at every step (w/o
+SAS).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from common import (Candidates, Critique, Output, Rollout, StageOutput, UserErro
                     failure, failures_last, fraction, listed_candidates, make_engine, normalise, parse_turn, progress,
                     prompt_path, read_rows, run_stage, settings_of, small_model, stable_seed, with_candidates)
 from environments import read_trajectories
-from prompts.base_model import (REASON, copies, first_sentences, is_cut_off, literally, draft_sampling, drafts, fill_dialogue, leak_in, repeats_itself, steps_text,
+from prompts.base_model import (copies, draft_sampling, drafts, fill_dialogue, leak_in, repeats_itself, steps_text,
                                 without_names)
 
 
@@ -47,8 +49,6 @@ def parse_arguments() -> argparse.Namespace:
                         "(collected experts all reach the full reward; published ones may not)")
     parser.add_argument("--attempts", type=int, default=3, help="drafts before a step keeps its old thought; 0 asks no model; "
                         "default: %(default)s")
-    parser.add_argument("--guided", choices=("reasons",), help="hold every draft to a form")
-    parser.add_argument("--shown-steps", type=int, metavar="K", help="show only the last K steps of the history; default: all")
     small = parser.add_argument_group("for small models only (prompts/small_model.py)")
     small.add_argument("--small-model", action="store_true", help="where no draft is of use, put the thought together from the "
                        "verdicts; show what the policy tried in vain before the step")
@@ -56,7 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     add_engine_options(parser, model="the frozen base model", temperature=0.0, max_tokens=1024)
     args = parser.parse_args()
     args.small_model |= args.recover_only
-    if args.small_model and not (args.rollouts and args.critiques):
+    if bool(args.rollouts) != bool(args.critiques):
+        parser.error("--rollouts and --critiques go together: without them candidates are not judged")
+    if args.small_model and not args.critiques:
         parser.error("--small-model and --recover-only need --rollouts and --critiques, which tell what was refused")
     return args
 
@@ -65,7 +67,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def switch_expert(trajectory: dict, rollouts: list[dict]) -> dict:
-    """The trajectory, or from the first step on where a rollout's reward beats the expert's, the best such rollout."""
+    """The trajectory, or from the first step on where a rollout's reward beats the expert's, the best such
+    rollout."""
     better = [row for row in rollouts if row["reward"] > trajectory["reward"] and not failure(row["end"])]
     if not better:
         return trajectory
@@ -81,8 +84,8 @@ def switch_expert(trajectory: dict, rollouts: list[dict]) -> dict:
 
 
 def judged_candidates(row: dict, critiques: list[dict]) -> list[dict]:
-    """A step's candidates with their critiques, of the task's; where there are none, as they are. One whose rollout failed is
-    left out."""
+    """A step's candidates with their critiques, of the task's; where there are none, as they are. One whose
+    rollout failed is left out."""
     if not critiques:
         return row["candidates"]
     return [row["candidates"][each["candidate"]] | {"critique": each["text"], "verdict": each["verdict"]}
@@ -90,8 +93,8 @@ def judged_candidates(row: dict, critiques: list[dict]) -> list[dict]:
 
 
 def by_sample_count(candidates: list[dict], key: str, seed: int) -> list[dict]:
-    """Sorted by sample count, ties at random; an expert action that was never sampled goes to a random place: its place
-    must not tell that it is the expert's."""
+    """Sorted by sample count, ties at random; an expert action that was never sampled goes to a random place:
+    its place must not tell that it is the expert's."""
     draw = random.Random(stable_seed(seed, key))
     ranked = sorted(candidates, key=lambda candidate: (-candidate["count"], draw.random()))
     if not ranked[-1]["count"]:
@@ -100,8 +103,9 @@ def by_sample_count(candidates: list[dict], key: str, seed: int) -> list[dict]:
 
 
 def plan_steps(trajectory: dict, rows: list[dict], critiques: list[dict], seed: int) -> list[dict]:
-    """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to compare. One
-    that differs from the step that the candidates were sampled at, after a switch, keeps its thought."""
+    """The steps of a (switched) trajectory that need a deliberation: flagged, with at least two candidates to
+    compare. One that differs from the step that the candidates were sampled at, after a switch, keeps its
+    thought."""
     last = trajectory.get("replaced_from", {"step": len(trajectory["steps"])})["step"]
     compared = [(row, judged_candidates(row, critiques)) for row in rows if row["flagged"] and row["step"] <= last]
     return [{"key": row["key"], "trajectory": trajectory, "step": row["step"],
@@ -119,7 +123,7 @@ def plan_proposals(trajectory: dict) -> list[dict]:
 # --- Synthesis ----------------------------------------------------------------------------------------------------
 
 
-def deliberation_prompt(item: dict, propose: int | None, shown: int | None) -> list[str]:
+def deliberation_prompt(item: dict, propose: int | None) -> list[str]:
     """Prompt_d: the task, the history, the candidates with their critiques, and the action to arrive at."""
     trajectory, t = item["trajectory"], item["step"]
     if item["candidates"] is None:
@@ -128,39 +132,12 @@ def deliberation_prompt(item: dict, propose: int | None, shown: int | None) -> l
         notes = "\n".join(f"- {row['action']}" + (f": {row['critique']}" if "critique" in row else "")
                           for row in item["candidates"])
     return fill_dialogue("deliberation", task=trajectory["instruction"], candidates=notes, expert_action=item["action"],
-                         history=steps_text(trajectory["steps"][:t - 1], last=shown))
-
-
-def deliberation_form(item: dict) -> str:
-    """What is left to a model that cannot keep figure 6's format, as a regular expression: the reason of the choice.
-
-    Where the candidates are not judged yet, it judges them as well. There is no look back: small models announce the
-    choice in it, and a policy that has learnt to choose first deliberates for show.
-    """
-    line, action = r"[A-Z][^\n]{20,140}\.", literally(item["action"])
-    if item["candidates"] is None:
-        judged = rf"- {action}: {line}\n(- [a-z][^\n:]{{2,60}}: {line}\n){{1,5}}"
-    else:
-        judged = "".join(rf"- {literally(row['action'])}: {line}\n" for row in item["candidates"] if "critique" not in row)
-    return rf"{judged}I choose to {action}, {REASON}"
-
-
-def whole_turn(item: dict, text: str) -> str:
-    """The turn that an output stands for: one in deliberation_form is put together, with the first sentences of the
-    critiques as judgements and the expert's action at the end; any other is figure 6's whole text already."""
-    text = text.strip()
-    if not re.fullmatch(deliberation_form(item), text):
-        return re.sub(r"^[*•] ", "- ", text.replace("**", ""), flags=re.MULTILINE)  # as larger models set lists
-    *judged, choice = text.split("\n")
-    return "\n".join([*(judged or judgements(item)), "", choice, f"Action: {item['action']}"])
-
-
-def judgements(item: dict) -> list[str]:
-    return [f"- {row['action']}: {first_sentences(row['critique'], 1)}" for row in item["candidates"]]
+                         history=steps_text(trajectory["steps"][:t - 1]))
 
 
 def lists_its_candidates(thought: str, item: dict) -> bool:
-    """Whether the bullets are the candidates; or, where there were none, the expert's action and at least another."""
+    """Whether the bullets are the candidates; or, where there were none, the expert's action and at least
+    another."""
     listed = {each["action"] for each in listed_candidates(thought)}
     if item["candidates"] is None:
         return normalise(item["action"]) in listed and len(listed) > 1
@@ -169,7 +146,7 @@ def lists_its_candidates(thought: str, item: dict) -> bool:
 
 def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[str, str | None]:
     """(the thought; None or why it is of no use)."""
-    turn = parse_turn(whole_turn(item, output.text))
+    turn = parse_turn(re.sub(r"^[*•] ", "- ", output.text.replace("**", ""), flags=re.MULTILINE))  # as larger models set lists
     thought = turn["thought"]
     if normalise(turn["action"]) != normalise(item["action"]):
         return thought, "no action line" if not turn["action"] else "another action than the expert's"
@@ -183,8 +160,6 @@ def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[s
         return thought, "repeats itself"
     if copies(thought, prompt[:-1]):
         return thought, "copies the example"
-    if is_cut_off(thought):
-        return thought, "cut off"
     return thought, None
 
 
@@ -228,7 +203,7 @@ def plan(args: argparse.Namespace) -> tuple[list[dict], dict[str, dict]]:
         for step in row["steps"]:
             step.pop("draft_errors", None)
         rows, rolled, judged = (rows.get(row["task"], []) for rows in (candidates, rollouts, critiques))
-        if args.critiques and args.rollouts:
+        if args.critiques:
             check_critiques(args, rows, rolled, judged)
         row = switch_expert(row, rolled) if args.expert_switch else row
         trajectories.append(row)
@@ -243,10 +218,10 @@ def synthesize(args: argparse.Namespace) -> None:
     trajectories, items = plan(args)
 
     def request(item: dict, attempt: int) -> tuple[list[str], dict]:
-        return deliberation_prompt(item, args.propose, args.shown_steps), draft_sampling(args, item["key"], attempt, deliberation_form(item))
+        return deliberation_prompt(item, args.propose), draft_sampling(args, item["key"], attempt)
 
     def check(item: dict, output: Output) -> tuple[str, str | None]:
-        return check_deliberation(item, deliberation_prompt(item, args.propose, args.shown_steps), output)
+        return check_deliberation(item, deliberation_prompt(item, args.propose), output)
 
     files = (args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation"), args.model)
     code = [synthesize, *([small_model().finish_step, small_model().plan] if args.small_model else [])]

@@ -2,19 +2,16 @@
 
     python stage5_finetune.py --model runs/x/iter0/model --data runs/x/iter1/deliberations.jsonl --out runs/x/iter1/model
 
-Continues from the last iteration's policy on D_delib and minimises -log pi(e | u) over the agent's tokens (equation 7; stage 0
-calls the same loop for equation 2). The trajectories mix steps that deliberate with steps that do not, so the policy also
-learns when to deliberate. 3 epochs in the first iteration, 1 in later ones (section 5.3). On several devices:
+Continues from the last iteration's policy on D_delib and minimises -log pi(e | u) over the agent's tokens
+(equation 7; stage 0 calls the same loop for equation 2). The trajectories mix steps that deliberate with steps
+that do not, so the policy also learns when to deliberate. 3 epochs in the first iteration, 1 in later ones
+(section 5.3). `accelerate launch` trains on several devices. A row of --data is a trajectory:
 
-    accelerate launch stage5_finetune.py ...
+    {"key": "scienceworld/find-animal/12", "task": "scienceworld/find-animal/12", "instruction": "...",
+     "steps": [{"thought": "...", "action": "look around", "observation": "...", ...}, ...], "reward": 1.0, ...}
 
-A row of --data is a trajectory:
-
-    {"key": "scienceworld/find-animal/12", "task": "scienceworld/find-animal/12", "instruction": "...", "reward": 1.0,
-     "source": "deliberation", "steps": [{"thought": "...", "action": "look around", "observation": "...", ...}, ...]}
-
-The folder OUT is a plain checkpoint with the losses in training.json. It appears in one step; until then OUT.part has the
-checkpoints from which the same command goes on after a kill.
+OUT is a plain checkpoint with the losses in training.json. It appears in one step; until then OUT.part has
+checkpoints, from which the same command goes on after a kill.
 """
 
 from __future__ import annotations
@@ -49,14 +46,11 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
                        "had, prompts and observations included (token-matched); epochs and steps follow")
     group.add_argument("--learning-rate", type=float, default=1e-5, help="of a cosine schedule, after a warm-up over a tenth "
                        "of the steps; default: %(default)s")
-    group.add_argument("--batch-size", type=int, default=64, help="trajectories a step, over all devices and accumulation; "
-                       "default: %(default)s")
-    group.add_argument("--micro-batch-size", type=int, default=1, help="trajectories at once on a device; "
-                       "default: %(default)s")
-    group.add_argument("--lora-rank", type=int, default=0, help="train a LoRA adapter of this rank and merge it at the "
-                       "end; 0 trains all weights; default: %(default)s")
-    group.add_argument("--max-model-len", type=int, default=8192, help="longest sequence in tokens; steps beyond it are "
-                       "left out; default: %(default)s")
+    group.add_argument("--batch-size", type=int, default=64, help="trajectories a step, of all devices; default: %(default)s")
+    group.add_argument("--micro-batch-size", type=int, default=1, help="those at once on a device; default: %(default)s")
+    group.add_argument("--lora-rank", type=int, default=0, help="of an adapter that is merged at the end; 0 trains all "
+                       "weights; default: %(default)s")
+    group.add_argument("--max-model-len", type=int, default=8192, help="longest sequence, in whole steps; default: %(default)s")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
@@ -82,9 +76,9 @@ def training_sequences(rows: list[dict], chat: ChatFormat, longest: int) -> tupl
 
 def supervised_tokens(turns: list[str], chat: ChatFormat, longest: int, unlearnt: Collection[int] = ()
                       ) -> tuple[list[int], list[int]]:
-    """(ids, labels) of a dialogue that ends with the agent: labels are -100 but for the agent's turns and their end-of-turn
-    token (the loss of equations 2 and 7), less the turns numbered in `unlearnt`. Whole steps that do not fit in `longest`
-    tokens are left out."""
+    """(ids, labels) of a dialogue that ends with the agent: labels are -100 but for the agent's turns and their
+    end-of-turn token (the loss of equations 2 and 7), less the turns numbered in `unlearnt`. Whole steps that
+    do not fit in `longest` tokens are left out."""
     ids: list[int] = []
     labels: list[int] = []
     for i, piece in enumerate(chat.pieces(turns)):
@@ -105,11 +99,13 @@ def supervised_tokens(turns: list[str], chat: ChatFormat, longest: int, unlearnt
 
 
 def keep_supervised_logits(batch: dict) -> dict:
-    """Have the model compute logits only where the agent's tokens are predicted, a tenth to a third of a trajectory.
+    """Have the model compute logits only where the agent's tokens are predicted, a tenth to a third of a
+    trajectory.
 
-    batch: tensors of shape (sequences, tokens), labels of -100 where nothing is learnt. Added are the K positions before a
-    learnt token of any sequence, logits_to_keep, and the tokens that follow there, shift_labels of shape (sequences, K):
-    both are transformers' own terms. The model's loss is then the mean of -log pi over the agent's tokens.
+    batch: tensors of shape (sequences, tokens), labels of -100 where nothing is learnt. Added are the K
+    positions before a learnt token of any sequence, logits_to_keep, and the tokens that follow there,
+    shift_labels of shape (sequences, K): both are transformers' own terms. The model's loss is then the mean of
+    -log pi over the agent's tokens.
     """
     following = batch["labels"][:, 1:]
     positions = (following != -100).any(dim=0).nonzero().squeeze(1)
@@ -122,7 +118,15 @@ def keep_supervised_logits(batch: dict) -> dict:
 def load_model(args: argparse.Namespace):
     """(model in fp32, tokenizer, the dtype that its checkpoint is stored in)"""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from accelerate import PartialState
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    set_seed(args.seed)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Of processes that know of each other only one reads the weights, where the model is sharded.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         stored_as = AutoConfig.from_pretrained(args.model).dtype or torch.float32
@@ -131,11 +135,6 @@ def load_model(args: argparse.Namespace):
         raise UserError(f"transformers cannot load the model '{args.model}': {str(error).splitlines()[0]}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer, stored_as
-
-
-def with_adapter(model, rank: int):
-    from peft import LoraConfig, get_peft_model
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespace, folder: Path):
@@ -151,7 +150,10 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
     if args.batch_size % together:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of the {together} trajectories that all devices take "
                         "at once; change it or --micro-batch-size")
-    model = with_adapter(model, args.lora_rank) if args.lora_rank else model
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
+                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
     on_gpu = torch.cuda.is_available()
     large = model.num_parameters() > 1e9  # a smaller one's activations fit on a GPU, and computing them twice takes time
     arguments = TrainingArguments(
@@ -161,7 +163,8 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
         # Else each device holds whole gradients, in bf16, while it accumulates.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
         gradient_checkpointing=on_gpu and large, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
-        # Tasks of one type are of about one length: grouped, a step learns from few of them. Only padding is worth that.
+        # Tasks of one type are of about one length: grouped, a step learns from few of them. Only padding is
+        # worth that.
         train_sampling_strategy="group_by_length" if args.micro_batch_size > 1 else "random",
         logging_steps=1, save_strategy="steps", save_steps=1 / CHECKPOINTS, save_total_limit=1,
         seed=args.seed, report_to="none", disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=on_gpu)
@@ -174,14 +177,11 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
 
 
 def finetune(args: argparse.Namespace) -> None:
-    """Finetune args.model on the trajectories of args.data, one sequence a trajectory; write a plain checkpoint to args.out.
-
-    Interrupted, it goes on from the last checkpoint, as if nothing had happened.
-    """
+    """Finetune args.model on the trajectories of args.data, one sequence a trajectory; write a checkpoint to
+    args.out."""
     with locked(Path(args.out)) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
         rows = read_trajectories(args.data)
         check_model_folder(args.model)
-        prepare_libraries(args.seed)
         started = time.time()
         model, tokenizer, stored_as = load_model(args)
         sequences, cut = training_sequences(rows, ChatFormat(tokenizer), args.max_model_len)
@@ -192,8 +192,8 @@ def finetune(args: argparse.Namespace) -> None:
             args.epochs = training_tokens(args.as_long_as) / tokens
         part = Path(args.out).with_name(Path(args.out).name + ".part")
         trainer = make_trainer(model, tokenizer, sequences, args, part)
-        inputs = [args.data, args.model, prompt_path(label_of(rows[0]["task"]))]
-        inputs += [training_record(args.as_long_as)] if args.as_long_as else []
+        inputs = [args.data, args.model, prompt_path(label_of(rows[0]["task"])),
+                  *([Path(args.as_long_as) / "training.json"] if args.as_long_as else [])]
         provenance = Provenance(settings_of(args), inputs, [finetune]) if trainer.is_world_process_zero() else None
         train(trainer, tokenizer, stored_as, part, provenance)
         if provenance is None:
@@ -203,27 +203,14 @@ def finetune(args: argparse.Namespace) -> None:
         publish(part, Path(args.out), provenance, {
             "settings": settings_of(args), "trajectories": len(sequences), "tokens": tokens, "agent_tokens": learnt,
             "optimizer_steps": trainer.state.global_step, "losses": losses, "seconds": round(time.time() - started)})
-    print(f"{len(sequences)} trajectories ({tokens} tokens, {learnt} of them the agent's; {cut} cut at "
-          f"{args.max_model_len} tokens) x {args.epochs:g} epochs, "
-          f"{trainer.state.global_step} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; {args.out}; "
-          f"{duration(time.time() - started)}")
-
-
-def prepare_libraries(seed: int) -> None:
-    import torch
-    from accelerate import PartialState
-    from transformers import set_seed
-    from transformers.utils import logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    set_seed(seed)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Of processes that know of each other only one reads the weights, where the model is sharded.
-        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
+    print(f"{len(sequences)} trajectories ({tokens} tokens, {learnt} of them the agent's; {cut} cut at {args.max_model_len} "
+          f"tokens) x {args.epochs:g} epochs, {trainer.state.global_step} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; "
+          f"{args.out}; {duration(time.time() - started)}")
 
 
 def train(trainer, tokenizer, stored_as, part: Path, provenance: Provenance | None) -> None:
-    """Train from the last checkpoint in `part` on, to a whole model in part/finished. Only the main process has provenance."""
+    """Train from the last checkpoint in `part` on, to a whole model in part/finished. Only the main process has
+    provenance."""
     import torch
     from safetensors import SafetensorError
     from transformers.trainer_utils import get_last_checkpoint
@@ -252,10 +239,8 @@ def train(trainer, tokenizer, stored_as, part: Path, provenance: Provenance | No
 
 
 def save_checkpoint(weights: dict, source, dtype, folder: Path) -> None:
-    """Write whole `weights` as a plain checkpoint in `dtype`, with the configuration of the model that they are from.
-
-    That may be sharded, or marked as quantized, so a new one takes them.
-    """
+    """Write whole `weights` as a plain checkpoint in `dtype`, with the configuration of the model that they are
+    from: that may be sharded, or marked as quantized, so a new one takes them."""
     import torch
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
@@ -279,18 +264,13 @@ def publish(part: Path, out: Path, provenance: Provenance, summary: dict) -> Non
     shutil.rmtree(part)
 
 
-def training_record(model: str) -> Path:
-    return Path(model) / "training.json"
-
-
 def training_tokens(model: str) -> float:
     """How many tokens a model was finetuned on, epochs times sequences, by the training.json in its folder."""
-    record = training_record(model)
     try:
-        made = json.loads(record.read_text())
+        made = json.loads((Path(model) / "training.json").read_text())
         return made["tokens"] * made["settings"]["epochs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record}: does not say how long that model was trained ({error}); --as-long-as names a model "
+        raise UserError(f"{model}/training.json: does not say how long that model was trained ({error}); --as-long-as names a model "
                         "that stage 0 or stage 5 has written") from None
 
 

@@ -1,8 +1,8 @@
 """Environments behind one interface. A new one is a file here, a prompt in prompts/ and a line in TABLE.
 
 A task has a readable id that begins with its environment's name: scienceworld/find-animal/12,
-alfworld/valid_seen/pick_and_place_simple-Mug-None-Desk-308/trial_T2019. NAME-practice/... are tasks to play with; they say so
-wherever they appear, since results on them are not the environment's results.
+alfworld/valid_seen/pick_and_place_simple-Mug-None-Desk-308/trial_T2019. NAME-practice/... are tasks to play
+with; they say so wherever they appear, since results on them are not the environment's results.
 """
 
 from __future__ import annotations
@@ -50,11 +50,13 @@ class Environment:
 
     @staticmethod
     def published_task(row: dict) -> str:
-        """The task id of a row of published trajectories. Raises UserError that says what is wrong with the row."""
+        """The task id of a row of published trajectories. Raises UserError that says what is wrong with the
+        row."""
         raise UserError("published trajectories of this environment are not known")
 
     def reset(self, task: str) -> str:
-        """Begin a task; what the agent is told, the {{ task }} of its prompt. Raises UserError for an unknown task."""
+        """Begin a task; what the agent is told, the {{ task }} of its prompt. Raises UserError for an unknown
+        task."""
         raise NotImplementedError
 
     def step(self, action: str) -> Result:
@@ -93,6 +95,8 @@ def read_trajectories(path: Path | str) -> list[dict]:
     except UserError as error:
         raise UserError(f"{path}:1: field 'task' is of an {error}") from None
     for number, row in enumerate(rows, 1):
+        if row["key"] != row["task"]:
+            raise UserError(f"{path}:{number}: the key '{row['key']}' is not the task '{row['task']}'; a task has one trajectory")
         if label_of(row["task"]) != label:
             raise UserError(f"{path}:{number}: is of {label_of(row['task'])}, the first line of {label}; "
                             "a file holds one environment")

@@ -1,8 +1,8 @@
 """ALFWorld (Shridhar et al., 2020): household tasks in text games, in the language of the paper's figure 7.
 
-A task is its game's path: alfworld/valid_seen/<type>-<Obj>-<Mrecep>-<Recep>-<scene>/<trial>. Games are in $ALFWORLD_DATA or
-~/.cache/alfworld. Experts are the engine's handcoded one, which explores like a person. Tasks of practice games
-(tests/practice_games.py) begin with alfworld-practice.
+A task is its game's path: alfworld/valid_seen/<type>-<Obj>-<Mrecep>-<Recep>-<scene>/<trial>. Games are in
+$ALFWORLD_DATA or ~/.cache/alfworld. Experts are the engine's handcoded one, which explores like a person. Tasks
+of practice games (tests/practice_games.py) begin with alfworld-practice.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _COMMANDS = [(re.compile(pattern.replace("THING", _THING)), command) for pattern
 class AlfWorld(Environment):
     """One text game at a time.
 
-    Games come in two dialects, older (`put X in/on Y`) and newer (`move X to Y`); here they look the same. An action that is
-    none of the known commands answers "Nothing happens." and never reaches the engine.
+    Games come in two dialects, older (`put X in/on Y`) and newer (`move X to Y`); here they look the same. An
+    action that is none of the known commands answers "Nothing happens." and never reaches the engine.
     """
 
     PAPER: ClassVar = [
@@ -116,10 +116,11 @@ class AlfWorld(Environment):
         return task_id("train", *found.groups())
 
     def branch(self, task: str, actions: list[str]) -> tuple[str, list[Result]]:
-        """Bring the game of a task to where it is after `actions`; -> (first observation, the result of each action).
+        """Bring the game of a task to where it is after `actions`; -> (first observation, the result of each
+        action).
 
-        A branch of the same game as before goes on from a snapshot at the end of their longest common prefix, which takes
-        a millisecond; only what is new is played.
+        A branch of the same game as before goes on from a snapshot at the end of their longest common prefix,
+        which takes a millisecond; only what is new is played.
         """
         if task != self._task:
             self._line = [("", self.reset(task), self._snapshot())]
@@ -183,8 +184,9 @@ class AlfWorld(Environment):
     def expert(self, task: str, max_turns: int | None, seed: int) -> dict | None:
         """The handcoded expert's trajectory, or None if it does not win.
 
-        The expert plays first; then its useful actions are replayed in the prompt's language, which proves that they still win
-        and shows the thoughts just what an agent would have seen. The same seed gives the same trajectory.
+        The expert plays first; then its useful actions are replayed in the prompt's language, which proves that
+        they still win and shows the thoughts just what an agent would have seen. The same seed gives the same
+        trajectory.
         """
         before = random.getstate()
         random.seed(f"{seed} {task}")  # the expert draws from the global generator
@@ -219,7 +221,8 @@ class AlfWorld(Environment):
 
 
 def _mirror(state: dict) -> dict:
-    """The attributes of textworld's PddlState that change as a game is played, copied; its operators are never written to."""
+    """The attributes of textworld's PddlState that change as a game is played, copied; its operators are never
+    written to."""
     sets = {name: defaultdict(set, {key: set(items) for key, items in state[name].items()})
             for name in ("_facts", "_vars_by_type")}
     return sets | {name: state[name].copy() for name in ("_vars_by_name", "_var_counts")} | {"_operators": state["_operators"]}

@@ -1,7 +1,7 @@
 """ScienceWorld (Wang et al., 2022): experiments in a simulated house, in its own Java engine.
 
-Tasks are scienceworld/TYPE/VARIATION. environments/scienceworld_tasks.txt has the turn limits and the published splits (Song et
-al., 2024). Experts are the simulator's gold paths, shortened.
+Tasks are scienceworld/TYPE/VARIATION. environments/scienceworld_tasks.txt has the turn limits and the published
+splits (Song et al., 2024). Experts are the simulator's gold paths, shortened.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def task_table() -> dict[str, dict]:
 class ScienceWorld(Environment):
     """One environment in one Java process of its own.
 
-    Identity hashes come from a counter, which makes observations the same in every process. Steps call the Java object
-    directly: the stock `step` also lists every valid action, which takes most of its time and draws random numbers.
+    Identity hashes come from a counter, which makes observations the same in every process. Steps call the Java
+    object directly: the stock `step` also lists every valid action, which takes most of its time and draws
+    random numbers.
     """
 
     FILES: ClassVar = (TASKS,)
@@ -131,11 +132,13 @@ class ScienceWorld(Environment):
         return " ".join(self.env.get_task_description().split())
 
     def reset(self, task: str) -> str:
-        """The stock `reset` would build the world a second time. There are no snapshots: a branch is a load and a replay."""
+        """The stock `reset` would build the world a second time. There are no snapshots: a branch is a load and
+        a replay."""
         return self.load(task)
 
     def step(self, action: str) -> Result:
-        """The reward is the maximum of the raw scores so far; a wrong `focus` scores -1 and ends the episode."""
+        """The reward is the maximum of the raw scores so far; a wrong `focus` scores -1 and ends the
+        episode."""
         action = clean_action(action)
         if not action:
             return Result(NO_ACTION, self.reward, False, None)
@@ -157,9 +160,9 @@ class ScienceWorld(Environment):
         return list(self.env.server.getGoldActionSequence())
 
     def expert(self, task: str, max_turns: int | None, seed: int) -> dict | None:
-        """The gold path in its shortest form that still reaches the full score within the turn limit, with things called by
-        the names that the agent has seen, where the simulator knows these. What is not accepted is left out: a gold path
-        opens and activates what already is, and pours a bowl into itself."""
+        """The gold path in its shortest form that still reaches the full score within the turn limit, with
+        things called by the names that the agent has seen, where the simulator knows these. What is not
+        accepted is left out: a gold path opens and activates what already is, and pours a bowl into itself."""
         self.load(task, gold_path=True)
         gold = self.gold_path()
         for actions in (teleporting(gold), gold):  # some tasks need the time that walking spends
@@ -193,7 +196,8 @@ def java_folder() -> str:
 
 
 def teleporting(gold: list[str]) -> list[str]:
-    """Gold paths open doors and walk; an agent teleports, and looks around where it begins and where it arrives."""
+    """Gold paths open doors and walk; an agent teleports, and looks around where it begins and where it
+    arrives."""
     actions: list[str] = []
     place = None
     for action in gold:
@@ -212,8 +216,9 @@ def teleporting(gold: list[str]) -> list[str]:
 
 
 def named_as_seen(env: ScienceWorld, trajectory: dict) -> list[str]:
-    """The actions of a trajectory, renamed wherever the simulator answers just the same: gold paths say "baby baby elephant"
-    and "egg parrot" where the agent has seen "a baby elephant" and "a parrot egg", names it could only guess."""
+    """The actions of a trajectory, renamed wherever the simulator answers just the same: gold paths say "baby
+    baby elephant" and "egg parrot" where the agent has seen "a baby elephant" and "a parrot egg", names it
+    could only guess."""
     actions = [step["action"] for step in trajectory["steps"]]
     seen = trajectory["instruction"]
     for t, step in enumerate(trajectory["steps"]):
@@ -227,8 +232,8 @@ def named_as_seen(env: ScienceWorld, trajectory: dict) -> list[str]:
 
 
 def with_seen_names(action: str, seen: str) -> Iterator[str]:
-    """The action with each name that was not seen in another form that was: its first word moved to the end or left out, or
-    without its contents. First all such names at once, then each alone."""
+    """The action with each name that was not seen in another form that was: its first word moved to the end or
+    left out, or without its contents. First all such names at once, then each alone."""
     seen = seen.lower().replace("(", "").replace(")", "")
 
     def seen_form(name: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-from common import AGENTS_OWN, UserError, dialogue, stable_seed, turn_of
+from common import UserError, dialogue, stable_seed, turn_of
 from environments import Result, of
 
 MEMORY_OF_A_WORKER = 1024  # MiB at which a worker makes room for a fresh one; ALFWorld's engine keeps 1 MiB a game
@@ -19,11 +19,12 @@ LONGEST_ANSWER = 300  # seconds; the slowest, Java's start and a long replay amo
 
 
 def _environment_worker(connection, env: str) -> None:
-    """Answer ("start", task, actions), ("step", action) and ("call", function, *arguments), which gives the environment to
-    the function, until the parent hangs up or dies.
+    """Answer ("start", task, actions), ("step", action) and ("call", function, *arguments), which gives the
+    environment to the function, until the parent hangs up or dies.
 
-    Each answer ends with the MiB in use by this process (ScienceWorld's Java has a limit of its own). "permanent error": trying
-    again does not help, as for a game that cannot be read; "user error": it holds for every task.
+    Each answer ends with the MiB in use by this process (ScienceWorld's Java has a limit of its own).
+    "permanent error": trying again does not help, as for a game that cannot be read; "user error": it holds for
+    every task.
     """
     import signal
     import threading
@@ -80,9 +81,9 @@ def kill_with_children(pid: int) -> None:
 
 
 class EnvironmentPool:
-    """`size` worker processes, each hosting one environment and playing one episode at a time. A worker whose memory has
-    grown beyond MEMORY_OF_A_WORKER is replaced before its next episode; one that owes an answer for more than
-    LONGEST_ANSWER seconds counts as failed."""
+    """`size` worker processes, each hosting one environment and playing one episode at a time. A worker whose
+    memory has grown beyond MEMORY_OF_A_WORKER is replaced before its next episode; one that owes an answer for
+    more than LONGEST_ANSWER seconds counts as failed."""
 
     def __init__(self, env: str, size: int) -> None:
         self.env = env
@@ -116,8 +117,8 @@ class EnvironmentPool:
             pass  # the worker has died; `ready` reports it
 
     def ready(self, timeout: float | None) -> Iterator[tuple[int, tuple]]:
-        """(worker, reply) of every worker that owes an answer and has given it, has died or is late; waits up to `timeout`
-        seconds for the first."""
+        """(worker, reply) of every worker that owes an answer and has given it, has died or is late; waits up
+        to `timeout` seconds for the first."""
         owing = {self.workers[worker][1]: worker for worker in self.due}
         patience = max(0.0, min(self.due.values(), default=0.0) - time.monotonic())
         for connection in wait(list(owing), patience if timeout is None else min(timeout, patience)):
@@ -148,11 +149,13 @@ class EnvironmentPool:
 
 # --- Scheduler --------------------------------------------------------------------------------------------------
 
+AGENTS_OWN = ("thought", "action", "text", "tokens", "candidates", "failed_attempts")  # fields of a step: not the environment's
 
-@dataclass
+
+@dataclass(eq=False)  # two are never the same
 class Playing:
-    """One episode in play. `forced` steps are executed first, as they are; then the policy takes over. It ends when the
-    environment says so, after `limit` steps, or when stop(steps) gives a reason."""
+    """One episode in play. `forced` steps are executed first, as they are; then the policy takes over. It ends
+    when the environment says so, after `limit` steps, or when stop(steps) gives a reason."""
 
     key: str
     task: str
@@ -185,9 +188,10 @@ def play(episodes: Iterable[Playing], engine, pool: EnvironmentPool, sampling: d
     """Play episodes to their ends, as many at a time as the pool has workers; yield each as it ends.
 
     No barrier: whenever an environment has answered, that episode's next prompt joins the running batch, and
-    environments step while the engine generates. The episodes of one task go to the same worker as long as there are
-    other tasks for the others: environments and the prefix cache then branch instead of starting anew. An episode whose
-    environment fails is replayed on a fresh worker, three times at most; then it ends as "failed: ...".
+    environments step while the engine generates. The episodes of one task go to the same worker as long as
+    there are other tasks for the others: environments and the prefix cache then branch instead of starting
+    anew. An episode whose environment fails is replayed on a fresh worker, three times at most; then it ends as
+    "failed: ...".
     """
     waiting: dict[str, deque[Playing]] = {}
     for episode in episodes:

@@ -1,4 +1,5 @@
-"""Asking the frozen base model in stages 3 and 4: what it is shown, how often it is asked, and checks of what it writes."""
+"""Asking the frozen base model in stages 3 and 4: what it is shown, how often it is asked, and checks of what
+it writes."""
 
 from __future__ import annotations
 
@@ -12,24 +13,21 @@ LONGEST_SHOWN = 1000  # characters of an observation
 
 
 def fill_dialogue(name: str, **values: str) -> list[str]:
-    """The turns of prompts/NAME.txt, which may begin with examples: a line `=== assistant` or `=== user` starts the next
-    turn; the first is the user's and so is the last, which the model answers."""
+    """The turns of prompts/NAME.txt, which may begin with examples: a line `=== assistant` or `=== user` starts
+    the next turn; the first is the user's and so is the last, which the model answers."""
     turns = re.split(r"^=== (?:assistant|user)\s*\n", read_prompt(name), flags=re.MULTILINE)
     if len(turns) % 2 == 0:
         raise UserError(f"{prompt_path(name)}: has {len(turns)} turns; it must begin and end with the user's")
     return [fill(turn, prompt_path(name), values) for turn in turns]
 
 
-def steps_text(steps: list[dict], last: int | None = None) -> str:
+def steps_text(steps: list[dict]) -> str:
     """Actions and observations in plain text, for the prompts of the base model (figures 5 and 6).
 
-    Thoughts stay out: they would tell the judge what to think, and later iterations' are long. Long observations are
-    clipped.
+    Thoughts stay out: they would tell the judge what to think, and later iterations' are long. Long
+    observations are clipped.
     """
-    shown = steps[-last:] if last else steps
-    lines = [f"Action: {step['action']}\nObservation: {clip(step['observation'])}" for step in shown]
-    if len(shown) < len(steps):
-        lines.insert(0, "...")
+    lines = [f"Action: {step['action']}\nObservation: {clip(step['observation'])}" for step in steps]
     return "\n".join(lines) if lines else "(nothing has been done yet)"
 
 
@@ -38,12 +36,10 @@ def clip(observation: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
 
 
-def draft_sampling(args: argparse.Namespace, key: str, attempt: int, form: str) -> dict:
-    """Sampling options of a draft: as asked at first, then with a little temperature, at last held to a form, a regular
-    expression; with --guided, held to it from the first."""
+def draft_sampling(args: argparse.Namespace, key: str, attempt: int) -> dict:
+    """Sampling options of a draft: as asked at first, then with a little temperature."""
     return {"temperature": args.temperature if attempt == 0 else max(0.5, args.temperature),
-            "max_tokens": args.max_tokens, "seed": stable_seed(args.seed, key, attempt),
-            "regex": form if args.guided or 0 < attempt == args.attempts - 1 else None}
+            "max_tokens": args.max_tokens, "seed": stable_seed(args.seed, key, attempt)}
 
 
 def drafts(engine, items: list[dict], request: Callable[[dict, int], tuple[list[str], dict]],
@@ -51,8 +47,9 @@ def drafts(engine, items: list[dict], request: Callable[[dict, int], tuple[list[
            ) -> Iterator[tuple[dict, str | None, list[str]]]:
     """Generate once for every item and again where a check fails, up to `attempts` times.
 
-    request(item, attempt) gives the turns and sampling options, check(item, output) the usable text and None, or anything and
-    the reason for not using it. Yields (item, text or None, the reasons of drafts that were not used).
+    request(item, attempt) gives the turns and sampling options, check(item, output) the usable text and None,
+    or anything and the reason for not using it. Yields (item, text or None, the reasons of drafts that were not
+    used).
     """
     if not attempts:
         yield from ((item, None, []) for item in items)
@@ -87,7 +84,8 @@ SENTENCE = re.compile(r"\S(?:[^.!?\n]|[.!?](?!\s|$))*[.!?]+(?=\s|$)")  # 0.5 doe
 
 
 def without_names(text: str, actions: Collection[str]) -> str:
-    """The text with each action's name, which is the environment's, as one word: it may hold any word and occur often."""
+    """The text with each action's name, which is the environment's, as one word: it may hold any word and occur
+    often."""
     numbers = {normalise(action): f"<{number}>" for number, action in enumerate(actions)}
     names = "|".join(re.escape(name) for name in sorted(numbers, key=len, reverse=True))
     return re.sub(rf"\b(?:{names})(?!\w)", lambda found: numbers[found[0].lower()], text, flags=re.IGNORECASE)
@@ -116,20 +114,3 @@ def repeats_itself(text: str) -> bool:
     words = text.lower().split()
     runs = [tuple(words[i:i + 6]) for i in range(len(words) - 5)]
     return len(set(parts)) < len(parts) or len(set(runs)) < len(runs)
-
-
-def literally(text: str) -> str:
-    """A regular expression that matches just `text`; vLLM's grammars do not know all of re.escape's escapes."""
-    return re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\1", text)
-
-
-# A reason of the base model's in a form that it is held to, in the agent's own voice.
-# "The agent ..." would be somebody else, and "the task is ..." no reason.
-REASON_OF_LENGTH = (r"(because|since|as) (I |it |this |there |the ([b-su-z]|a[^g\n]|ag[^e\n]|t[^a\n]|ta[^s\n]))"
-                    r"[^\n.!?*:]{%s}\.")
-REASON = REASON_OF_LENGTH % "15,120"
-
-
-def is_cut_off(text: str) -> bool:
-    """Whether a reason ran into the end that its form sets it, as a rule in the middle of a word."""
-    return re.search(REASON_OF_LENGTH % 120 + "$", text) is not None

@@ -3,8 +3,8 @@
     python tests/bench.py --model models/SmolLM2-135M-Instruct --out runs/bench.json
     python tests/bench.py --model models/SmolLM2-135M-Instruct --out /tmp/bench.json --only environments --rounds 1
 
-Machines differ and are shared, so what counts are the ratios of two ways to do the same in the same run. The table holds
-medians over rounds in which the two take turns:
+Machines differ and are shared, so what counts are the ratios of two ways to do the same in the same run. The table
+holds medians over rounds in which the two take turns:
 
     rollouts      the scheduler against one episode at a time (every eighth of its tasks), and against its own requests
                   without environments: the same engine, seeds and limits, the prefix cache emptied before each
@@ -32,10 +32,14 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (AlfWorld, ChatFormat, EnvironmentPool, Episode, LocalEngine, ScienceWorld, UserError, alfworld_root,
-                    alfworld_tasks, bfloat16_is_fast, dialogue, game_path, generate, java_folder, list_tasks, make_trainer,
-                    play, progress, run_stage, training_sequences, turn_sampling, write_practice_games)
-from stage0_sft import scienceworld_expert
+from common import (ChatFormat, LocalEngine, UserError, bfloat16_is_fast, dialogue, generate, progress, run_stage,
+                    turn_sampling)
+from environments import choose_tasks
+from environments.alfworld import AlfWorld, game_path, game_tasks, games_root
+from environments.scienceworld import ScienceWorld, java_folder
+from environments.workers import EnvironmentPool, Playing, play
+from practice_games import write_practice_games
+from stage5_finetune import make_trainer, training_sequences
 
 PARTS = ("rollouts", "growth", "environments", "sampling", "training")
 TYPES = "find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived"  # the laptop's
@@ -59,7 +63,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Table:
-    """Rows of what was measured, how this project and the other way did, in medians, and their ratio; printed as they come."""
+    """Rows of what was measured, how this project and the other way did, in medians, and their ratio; printed as they
+    come."""
 
     def __init__(self) -> None:
         self.rows: list[dict] = []
@@ -115,8 +120,8 @@ def running(size: int, task: str):
         yield pool
 
 
-def roll_out(engine, pool: EnvironmentPool, tasks: list[str], turns: int, max_tokens: int) -> list[Episode]:
-    played = list(play([Episode(task, task) for task in tasks], engine, pool, turn_sampling(0.0, max_tokens), 0, turns))
+def roll_out(engine, pool: EnvironmentPool, tasks: list[str], turns: int, max_tokens: int) -> list[Playing]:
+    played = list(play([Playing(task, task, turns) for task in tasks], engine, pool, turn_sampling(0.0, max_tokens), 0))
     assert len(played) == len(tasks) and not any(episode.end.startswith("failed") for episode in played)
     return played
 
@@ -130,7 +135,7 @@ def cost(engine: LocalEngine, function, *arguments) -> tuple[float, float]:
 
 
 def rollouts(table: Table, args: argparse.Namespace, engine: LocalEngine) -> None:
-    tasks = list_tasks("scienceworld", "train", TYPES, 4 * args.max_live, 0)  # enough to refill: a run has hundreds
+    tasks = choose_tasks("scienceworld", "train", TYPES, 4 * args.max_live, 0)  # enough to refill: a run has hundreds
     some = tasks[::8]  # one at a time, the pace does not depend on how many there are
     together, alone, bare = [], [], []
     with running(args.max_live, tasks[0]) as many, running(1, tasks[0]) as one:
@@ -148,7 +153,7 @@ def rollouts(table: Table, args: argparse.Namespace, engine: LocalEngine) -> Non
 
 def growth(table: Table, args: argparse.Namespace, engine: LocalEngine) -> None:
     live = args.max_live // 2
-    tasks = list_tasks("scienceworld", "train", TYPES, 4 * live, 0)
+    tasks = choose_tasks("scienceworld", "train", TYPES, 4 * live, 0)
     turns = max(1, args.max_turns // 3)
     sizes = {(episodes, times): [] for episodes, times in ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4))}
     with running(live, tasks[0]) as pool:
@@ -163,8 +168,8 @@ def growth(table: Table, args: argparse.Namespace, engine: LocalEngine) -> None:
 
 # --- Environments -------------------------------------------------------------------------------------------------
 #
-# Each way has a process of its own, since making ALFWorld's engine quick changes it for the whole process. A measurement
-# is {"load and reset": s, "step": s, "branch at step 10": s}.
+# Each way has a process of its own, since making ALFWorld's engine quick changes it for the whole process. A
+# measurement is {"load and reset": s, "step": s, "branch at step 10": s}.
 
 LABORATORY = ["look around", "teleport to kitchen", "open cupboard", "pick up thermometer", "look at table", "wait1",
               "teleport to greenhouse", "look around", "examine thermometer", "wait1"]
@@ -243,15 +248,15 @@ def stock_alfworld(root: Path, task: str) -> dict[str, float]:
 def environments(table: Table, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            root, label = alfworld_root(), "ALFWorld"
+            root, label = games_root(), "ALFWorld"
         except UserError:
             root, label = Path(folder), "ALFWorld (practice games)"
             write_practice_games(root, {"train": 2 * args.rounds}, seed=0)  # of each type: more than GAMES a round
-        games = alfworld_tasks("train", root)
+        games = game_tasks("train", root)
         games = games[::len(games) // (GAMES * args.rounds)]  # from all over the list: neighbours are alike
         compare(table, label, [(root, task) for task in games], our_alfworld, stock_alfworld,
                 {"load and reset": 5, f"branch at step {BRANCH_AT}": 10})
-    tasks = list_tasks("scienceworld", "train", TYPES, GAMES * args.rounds, 0)
+    tasks = choose_tasks("scienceworld", "train", TYPES, GAMES * args.rounds, 0)
     compare(table, "ScienceWorld", [(task,) for task in tasks], our_scienceworld, stock_scienceworld, {"step": 5})
 
 
@@ -270,26 +275,28 @@ def compare(table: Table, label: str, work: list[tuple], ours, stock, bars: dict
 
 def expert_trajectories() -> list[dict]:
     env = ScienceWorld()
-    found = (scienceworld_expert(env, task, None, 0) for task in list_tasks("scienceworld", "train", TYPES, None, 0))
+    found = (env.expert(task, None, 0) for task in choose_tasks("scienceworld", "train", TYPES, None, 0))
     rows = list(islice(filter(None, found), TRAJECTORIES))
     env.close()
     return rows
 
 
 def sampling(table: Table, args: argparse.Namespace, engine: LocalEngine, experts: list[dict]) -> None:
-    prompts = {f"{row['key']}/step{t}": dialogue(row["env"], row["instruction"], row["steps"][:t])
+    prompts = {f"{row['key']}/step{t}": dialogue(row["task"], row["instruction"], row["steps"][:t])
                for row in experts[:3] for t in range(len(row["steps"]))}
     options = turn_sampling(1.0, args.max_tokens)
     whole = [(key, turns, options | {"seed": 0, "n": N}) for key, turns in prompts.items()]
     single = [((key, seed), turns, options | {"seed": seed}) for key, turns in prompts.items() for seed in range(N)]
     times = [(cost(engine, list, generate(engine, whole, 8))[1], cost(engine, list, generate(engine, single, 8 * N))[1])
              for _ in progress(range(args.rounds), desc="sampling")]
-    table.add(f"sampling, n={N}, against {N} requests", "ms a token", *([1000 * each for each in way] for way in zip(*times)))
+    table.add(f"sampling, n={N}, against {N} requests", "ms a token",
+              *([1000 * each for each in way] for way in zip(*times)))
 
 
 def training(table: Table, args: argparse.Namespace, experts: list[dict]) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+    from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments,
+                              set_seed)
     from transformers.trainer_callback import PrinterCallback
     from transformers.utils import logging
     logging.set_verbosity_error()
@@ -300,7 +307,8 @@ def training(table: Table, args: argparse.Namespace, experts: list[dict]) -> Non
     tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
 
     def ours(model, folder: str):
-        options = argparse.Namespace(epochs=1, learning_rate=1e-5, batch_size=8, micro_batch_size=1, lora_rank=0, seed=0)
+        options = argparse.Namespace(epochs=1, learning_rate=1e-5, batch_size=8, micro_batch_size=1, lora_rank=0,
+                                     seed=0)
         return make_trainer(model, tokenizer, sequences, options, Path(folder))
 
     def padded(model, folder: str):
@@ -346,7 +354,8 @@ def main() -> None:
             sampling(table, args, engine, experts)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in vars(args).items()}
-    args.out.write_text(json.dumps({"settings": settings, "cores": os.cpu_count(), "rows": table.rows}, indent=1) + "\n")
+    written = {"settings": settings, "cores": os.cpu_count(), "rows": table.rows}
+    args.out.write_text(json.dumps(written, indent=1) + "\n")
     print(f"\n{args.out}")
 
 

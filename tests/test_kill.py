@@ -1,9 +1,10 @@
-"""What a user can rely on when a run is killed at any moment: no row is lost or doubled, and the end is the same bytes."""
+"""What a user can rely on when a run is killed at any moment: no row is lost or doubled, the end is the same bytes."""
 
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,21 +12,22 @@ import time
 
 import pytest
 
-from conftest import ROOT, wait_until_gone
+from conftest import LONG, ROOT, wait_until_gone
 
 pytestmark = pytest.mark.slow
-KILLS = 20
-ENGINE = ("--model", "m", "--max-live", 4)
+KILLS = 20 if LONG else 2
+ENGINE = ("--model", "m", "--max-live", 3)
 STAGES = {  # in the order of their inputs
-    "expert": ("stage0_sft.py", "expert", "--env", "scienceworld", "--task-types", "lifespan-longest-lived,find-animal",
-               "--num-tasks", 3, "--workers", 2),
-    "candidates": ("stage1_sample.py", *ENGINE, "--trajectories", "expert.jsonl", "--n-samples", 3),
+    "expert": ("stage0_sft.py", "expert", "--env", "scienceworld", "--types", "lifespan-longest-lived,find-animal",
+               "--tasks", 3, "--workers", 2),
+    "candidates": ("stage1_sample.py", *ENGINE, "--trajectories", "expert.jsonl", "--n-samples", 2),
     "rollouts": ("stage2_rollout.py", *ENGINE, "--trajectories", "expert.jsonl", "--candidates", "candidates.jsonl",
-                 "--max-turns", 20),
+                 "--max-turns", 10, "--small-model"),
     "critiques": ("stage3_critique.py", *ENGINE, "--trajectories", "expert.jsonl", "--rollouts", "rollouts.jsonl"),
     "deliberations": ("stage4_synthesize.py", *ENGINE, "--trajectories", "expert.jsonl", "--candidates",
-                      "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl"),
-    "evaluation": ("evaluate.py", "run", "--env", "scienceworld", *ENGINE, "--num-tasks", 4, "--max-turns", 4),
+                      "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl",
+                      "--small-model"),
+    "evaluation": ("evaluate.py", "run", "--env", "scienceworld", *ENGINE, "--tasks", 3, "--max-turns", 4),
 }
 TRAININGS = {"SFT": ("stage0_sft.py", "train"), "finetuning": ("stage5_finetune.py",)}
 
@@ -38,7 +40,8 @@ class Stage:
         self.command = [sys.executable, str(ROOT / command[0]), *map(str, command[1:]), "--out", out]
 
     def start(self):
-        return subprocess.Popen(self.command, cwd=self.folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        return subprocess.Popen(self.command, cwd=self.folder, text=True, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE,
                                 env=os.environ | {"SAND_TEST": self.mark, "OMP_NUM_THREADS": "1"})
 
     def finish(self):
@@ -48,25 +51,47 @@ class Stage:
         return stderr
 
     def kill_at_random_moments(self, seconds):
-        """Start and kill -9 the stage KILLS times; each time that it ends before, its output goes, it begins anew, and
-        kills come as much earlier."""
-        draw, survived = random.Random(self.mark.rpartition("/")[2]), 0
-        for _ in range(KILLS):
-            started, process = time.monotonic(), self.start()
-            try:
-                process.communicate(timeout=draw.uniform(0, seconds))
-                survived += 1
-                seconds = min(seconds, time.monotonic() - started)
+        """Start and kill -9 the stage KILLS times, each at another share of the seconds that it took.
+
+        Where it ends before, its output goes, and it begins anew and is killed in half the time: each kill hits in the
+        end, however much faster or slower the machine has become.
+        """
+        draw = random.Random(self.mark.rpartition("/")[2])
+        for number in draw.sample(range(KILLS), KILLS):
+            moment = seconds * (number + draw.random()) / KILLS
+            while not self.is_killed_after(moment):
                 self.remove()
-            except subprocess.TimeoutExpired:
-                os.kill(process.pid, signal.SIGKILL)
-                _, stderr = process.communicate()
-                # Python's own spawn may print an EOFError: its parent was gone before the worker had run a line of ours.
-                assert not re.search(rf'File "{ROOT}/\w+\.py"', stderr), stderr
-        assert survived < KILLS / 2
+                moment /= 2
+
+    def is_killed_after(self, seconds):
+        """Start and kill -9 the stage; whether the kill came before its end."""
+        process = self.start()
+        try:
+            _, stderr = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            _, stderr = process.communicate()
+        # Python's own spawn may print an EOFError: its parent was gone before the worker had run a line of ours.
+        assert not re.search(rf'File "{ROOT}/(\w+/)*\w+\.py"', stderr), stderr
+        assert process.returncode in (0, -signal.SIGKILL), stderr
+        return process.returncode != 0
+
+    def stop_when(self, is_seen):
+        """Start the stage and stop it when something is seen, before it ends; -> its process, which just waits."""
+        for _ in range(9):  # where it was faster, again
+            process = self.start()
+            while process.poll() is None and not is_seen():
+                time.sleep(0.01)
+            process.send_signal(signal.SIGSTOP)
+            if process.poll() is None and is_seen() and not (self.folder / self.out).exists():
+                return process
+            process.kill()
+            process.communicate()
+            self.remove()
+        raise AssertionError("it has never been seen, or the stage was always faster")
 
     def remove(self):
-        subprocess.run(["rm", "-r", self.out], cwd=self.folder, check=True)
+        subprocess.run(["rm", "-rf", self.out, f"{self.out}.part"], cwd=self.folder, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +105,21 @@ def finished(tmp_path_factory, scripted):
     return folder, seconds
 
 
+@pytest.fixture(scope="module")
+def train(finished, tiny_model):
+    """train(folder, name) is a training whose output is "model"."""
+    return lambda folder, name="finetuning": Stage(folder, (
+        *TRAININGS[name], "--model", tiny_model, "--data", finished[0] / "expert.jsonl", "--batch-size", 1), "model")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, train):
+    """-> (a folder with the model of an uninterrupted training; its seconds)"""
+    folder, started = tmp_path_factory.mktemp("trained"), time.monotonic()
+    train(folder).finish()
+    return folder, time.monotonic() - started
+
+
 def at(command, address):
     """The command, with the server's address where it generates."""
     return (*command, "--api-base", address) if "--model" in command else command
@@ -91,85 +131,93 @@ def outputs(folder, name):
     return {file.name: file.read_bytes() for file in files}
 
 
+def same_model(folder, other):
+    assert all((folder / "model" / file).read_bytes() == (other / "model" / file).read_bytes()
+               for file in ("model.safetensors", "config.json"))
+    losses = [json.loads((each / "model" / "training.json").read_text())["losses"] for each in (folder, other)]
+    assert losses[0] == losses[1]
+
+
+def left_by(stage, *more):
+    """What a finished stage leaves: its output, its sidecar and an empty lock."""
+    assert (stage.folder / f".{stage.out}.lock").read_bytes() == b""
+    return {stage.out, f"{stage.out.removesuffix('.jsonl')}.meta.json", f".{stage.out}.lock", *more}
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_killed_at_any_moment_ends_in_the_same_bytes(name, finished, scripted, tmp_path):
     whole, seconds = finished
     for other in whole.glob("*.jsonl"):
         if other.stem != name:
             (tmp_path / other.name).write_bytes(other.read_bytes())
-    before = {path.name for path in tmp_path.iterdir()}
+    before = names(tmp_path)
     out = name if name == "evaluation" else f"{name}.jsonl"
     stage = Stage(tmp_path, at(STAGES[name], scripted), out)
     # Another number in flight, to show that it does not matter.
-    stage.command = ["2" if word == "4" and last == "--max-live" else word
+    stage.command = ["2" if word == "3" and last == "--max-live" else word
                      for last, word in zip(["", *stage.command], stage.command)]
     stage.kill_at_random_moments(seconds[name])
     stage.finish()
     assert outputs(tmp_path, name) == outputs(whole, name)
-    left = {path.name for path in tmp_path.iterdir()} - before
-    assert left == {out, f"{name}.meta.json"} if name != "evaluation" else left == {out}
+    if name == "evaluation":
+        assert names(tmp_path) - before == {out}
+        evals = [Stage(tmp_path / out, stage.command, f"eval-{split}.jsonl") for split in ("seen", "unseen")]
+        assert names(tmp_path / out) == left_by(evals[0]) | left_by(evals[1])
+    else:
+        assert names(tmp_path) - before == left_by(stage)
     assert not wait_until_gone(stage.mark)
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_a_training_killed_at_any_moment_ends_in_the_same_weights(name, finished, tiny_model, tmp_path):
-    command = (*TRAININGS[name], "--model", tiny_model, "--data", finished[0] / "expert.jsonl", "--batch-size", 1)
-    whole, stage = Stage(tmp_path, command, "whole"), Stage(tmp_path, command, "killed")
-    started = time.monotonic()
-    whole.finish()
-    stage.kill_at_random_moments(time.monotonic() - started)
+def test_a_training_killed_at_any_moment_ends_in_the_same_weights(name, train, trained, tmp_path):
+    whole, seconds = trained
+    stage = train(tmp_path, name)
+    stage.kill_at_random_moments(seconds)
     stage.finish()
-    for file in ("model.safetensors", "config.json"):
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    losses = [json.loads((tmp_path / folder / "training.json").read_text())["losses"] for folder in ("whole", "killed")]
-    assert losses[0] == losses[1]
+    same_model(tmp_path, whole)
+    assert names(tmp_path) == left_by(stage)
 
 
-def test_a_training_goes_on_from_its_last_checkpoint(finished, tiny_model, tmp_path):
-    command = ("stage5_finetune.py", "--model", tiny_model, "--data", finished[0] / "expert.jsonl", "--batch-size", 1)
-    stage = Stage(tmp_path, command, "model")
-    process = stage.start()
-    while not list(tmp_path.glob("model.part/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "the training ended before it could be killed"
-        time.sleep(0.01)
+def test_a_training_goes_on_from_its_last_checkpoint(train, trained, tmp_path):
+    stage = train(tmp_path)
+    process = stage.stop_when(lambda: any(tmp_path.glob("model.part/checkpoint-*/trainer_state.json")))
     process.kill()
     process.communicate()
     assert "going on from model.part/checkpoint-" in stage.finish()
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.meta.json"}
+    same_model(tmp_path, trained[0])
+    assert names(tmp_path) == left_by(stage)
 
 
-def test_what_a_kill_leaves_of_a_trainings_clean_up_is_no_hindrance(finished, tiny_model, tmp_path):
-    """Half a checkpoint with its state, and the model that was replaced: the moment is too short to be hit at random."""
-    command = ("stage5_finetune.py", "--model", tiny_model, "--data", finished[0] / "expert.jsonl", "--batch-size", 1)
-    stage = Stage(tmp_path, command, "model")
-    stage.finish()
-    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+def test_what_a_kill_leaves_of_a_trainings_clean_up_is_no_hindrance(train, trained, tmp_path):
+    """Half a checkpoint with its state and the model that was replaced: no random kill hits so short a moment."""
+    stage = train(tmp_path)
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     left = tmp_path / "model.part"
     (left / "replaced").mkdir(parents=True)
     (left / "replaced" / "config.json").write_text("{}")
     (left / "checkpoint-3").mkdir()
     (left / "checkpoint-3" / "trainer_state.json").write_text("{}")
     assert "starting afresh" in stage.finish()
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights and not left.exists()
+    same_model(tmp_path, trained[0])
+    assert names(tmp_path) == left_by(stage)
 
 
 # --- Two runs at once ---------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_is_told_who_writes_the_output_and_takes_over_from_a_dead_one(finished, scripted, tmp_path):
-    for name in ("expert", "candidates"):
-        (tmp_path / f"{name}.jsonl").write_bytes((finished[0] / f"{name}.jsonl").read_bytes())
-    stage = Stage(tmp_path, at(STAGES["rollouts"], scripted), "out.jsonl")
-    first = stage.start()
-    while not (tmp_path / "out.jsonl.part").exists():
-        assert first.poll() is None
-        time.sleep(0.01)
+    (tmp_path / "expert.jsonl").write_bytes((finished[0] / "expert.jsonl").read_bytes())
+    stage = Stage(tmp_path, at(STAGES["candidates"], scripted), "out.jsonl")
+    first = stage.stop_when((tmp_path / "out.jsonl.part").exists)
     second = stage.start()
     _, stderr = second.communicate()
     assert second.returncode == 2 and f"out.jsonl: is being written by process {first.pid} on " in stderr
     first.kill()
     first.communicate()
     assert f"out.jsonl: took over from process {first.pid} on " in stage.finish()
-    assert (tmp_path / "out.jsonl").read_bytes() == (finished[0] / "rollouts.jsonl").read_bytes()
-
-
+    assert (tmp_path / "out.jsonl").read_bytes() == (finished[0] / "candidates.jsonl").read_bytes()
+    assert names(tmp_path) == left_by(stage, "expert.jsonl")

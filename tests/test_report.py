@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from common import dialogue
+from common import dialogue, with_candidates
 from evaluate import (
     UserError,
     action_tokens,
@@ -34,17 +34,17 @@ from evaluate import (
 WEIGHS = "I stand here.\n\n- go: It is open.\n- wait: It wastes time.\n\nSo I go."
 
 
-def step(action="look around", thought="", observation="a room", tokens=10):
+def step(action="look around", thought="", observation="a room", tokens=10, accepted=True):
     text = f"Thought: {thought}\nAction: {action}" if thought else f"Action: {action}"
     return {"thought": thought, "action": action, "text": text, "tokens": tokens, "observation": observation,
-            "reward": 0.0}
+            "reward": 0.0, "accepted": accepted} | with_candidates(thought)
 
 
 def episode(task="find-animal/1", reward=0.5, steps=None, end="turn limit", split="seen"):
     steps = steps or [step(), step("go", WEIGHS)]
     task = f"scienceworld/{task}"
-    return {"key": task, "env": "scienceworld", "task": task, "split": split, "instruction": "Find an animal.",
-            "reward": reward, "end": end, "tokens": sum(one["tokens"] for one in steps), "steps": steps}
+    return {"key": task, "task": task, "split": split, "instruction": "Find an animal.", "reward": reward, "end": end,
+            "tokens": sum(one["tokens"] for one in steps), "steps": steps}
 
 
 def write(folder, model, rewards, steps=None, splits=("seen", "unseen")):
@@ -85,19 +85,20 @@ def test_ties_leave_no_bands(rewards):
 
 
 def test_an_actions_tokens_are_its_share_of_the_turn():
-    half = {"action": "1234", "text": "12345678901\nAction: 1234", "tokens": 24}  # "Action: 1234" is 12 of 24 characters
+    # "Action: 1234" is 12 of 24 characters
+    half = {"action": "1234", "text": "12345678901\nAction: 1234", "tokens": 24}
     nothing = {"action": "", "text": "no idea", "tokens": 9}
     assert action_tokens({"steps": [half, nothing]}) == 12
 
 
 def test_refusals_loops_and_changes_of_mind():
-    refused = step("fly", observation="No known action matches that input.")
+    refused = step("fly", observation="No known action matches that input.", accepted=False)
     assert refused_rate(episode(steps=[refused, step(), step(), refused])) == 0.5
     episodes = [episode(steps=[refused, refused, refused, step(), refused]), episode(steps=[step(), refused, step()])]
     assert refused_again(episodes, 1, 1) == [True, False] and refused_again(episodes, 2, 9) == [True, False]
     assert is_loop(episode(steps=[step(), refused, refused, refused]))
     assert not is_loop(episode(steps=[step(), refused, refused, step(), refused]))
-    assert changes_its_mind(WEIGHS, "wait") and not changes_its_mind(WEIGHS, "Go")
+    assert changes_its_mind(step("wait", WEIGHS)) and not changes_its_mind(step("Go", WEIGHS))
 
 
 def test_the_interval_is_that_of_the_mean_over_tasks_and_splits():
@@ -120,10 +121,11 @@ def test_the_best_of_k_tries_counts_the_tokens_of_all():
 
 
 def test_an_example_is_of_the_tasks_type_and_comes_before_the_task():
-    experts = [{"task": f"scienceworld/{task}", "instruction": task, "steps": [step("wait")]} for task in ("boil/1", "melt/2")]
+    experts = [{"task": f"scienceworld/{task}", "instruction": task, "steps": [step("wait")]}
+               for task in ("boil/1", "melt/2")]
     assert choose_example("scienceworld/melt/9", experts) is experts[1]
     assert choose_example("scienceworld/freeze/9", experts) is experts[0]
-    turns = dialogue("scienceworld", "Find a plant.", [step("go")], experts[1])
+    turns = dialogue("scienceworld/melt/9", "Find a plant.", [step("go")], experts[1])
     assert turns[0].endswith("melt/2") and turns[1] == "Action: wait" and turns[2].endswith("Find a plant.")
     assert turns[3] == "Action: go" and len(turns) % 2
 
@@ -166,38 +168,72 @@ def test_the_figures_show_the_data(finished):
 
 
 def test_variants_and_baselines_stand_beside_the_run(finished):
-    for folder in ("more-sft/iter1", "self-critic/iter1", "no-sas/iter1", "no-eac/iter1", "no-reasons/iter1",
-                   "reasons/iter1", "choice-first/iter1", "by-preference/iter1", "recover-only/iter1", "base-example",
+    for folder in ("more-sft/iter1", "no-sas/iter1", "no-eac/iter1", "recover-only/iter1", "base-example",
                    "iter0/best-of-5", "iter1/no-deliberation", "iter2"):
         write(finished, folder, [0, 0, 0])
     assert list(evaluations(finished)) == [
-        "base", "base, one example", "SFT", "SAND-1", "SAND-2", "SFT, as long as SAND-1", "SAND-1 judging itself",
-        "SAND-1 w/o SAS", "SAND-1 w/o EAC", "SAND-1 w/o reasons",
-        "SAND-1 with reasons", "SAND-1 listing its choice first", "SAND-1 listing what it prefers first",
-        "SAND-1 without deliberations", "SFT, best of 5", "SAND-1, acting at once"]
+        "base", "base, one example", "SFT", "SAND-1", "SAND-2", "token-matched SFT, SAND-1", "SAND-1 w/o SAS",
+        "SAND-1 w/o EAC", "SAND-1 without deliberations", "SFT, best of 5", "SAND-1, acting at once"]
 
 
-def test_sand_is_compared_with_sft_of_the_same_length(finished):
+def test_sand_is_compared_with_token_matched_sft(finished):
     write(finished, "more-sft/iter1", [1, 1, 1])
     write(finished, "no-eac/iter1", [1, 1, 1])
-    cells = {row[1].strip(): row[-3:-1] for line in reward_section(evaluations(finished)) if (row := line.split("|"))[1:]}
+    lines = reward_section(evaluations(finished))
+    cells = {row[1].strip(): row[-3:-1] for line in lines if (row := line.split("|"))[1:]}
     assert [cell.split()[0] for cell in cells["SAND-1"]] == ["+0.250", "-0.250"]
-    assert [cell.strip() for cell in cells["SFT"]] == ["", ""] and cells["SFT, as long as SAND-1"][1].strip() == ""
+    assert [cell.strip() for cell in cells["SFT"]] == ["", ""] and cells["token-matched SFT, SAND-1"][1].strip() == ""
     assert cells["SAND-1 w/o EAC"][1].strip() == ""  # it was trained for another number of tokens
 
 
 def test_a_report_says_what_every_model_was_finetuned_on(finished, capsys):
     for model, trajectories, epochs in (("iter0", 4, 3.0), ("iter1", 9, 1.5)):
-        said = {"settings": {"epochs": epochs}, "counts": {"trajectories": trajectories, "tokens": 1000, "optimizer_steps": 7}}
+        said = {"settings": {"epochs": epochs},
+                "counts": {"trajectories": trajectories, "tokens": 1000, "optimizer_steps": 7}}
         (finished / model / "model.meta.json").write_text(json.dumps(said))
     report(finished)
     written = (finished / "report.md").read_text()
     assert "| SFT | 4 | 3 | 3,000 | 7 |" in written and "| SAND-1 | 9 | 1.5 | 1,500 | 7 |" in written
 
 
+def test_a_report_says_what_the_stages_did(finished):
+    task = "scienceworld/find-animal/0"
+    acts, weighs = ({name: value for name, value in one.items() if name not in ("text", "tokens")}
+                    for one in (step(), step("go", WEIGHS)))
+    of_step = {"key": f"{task}/step1", "task": task, "step": 1}
+    candidates = [{"action": action, "thought": "", "count": 1, "from_expert": action == "look around"}
+                  for action in ("look around", "go", "fly")]
+    rollout = {"reward": 1.0, "accepted": True, "end": "expert", "expert_reward": 0.75, "expert_steps_left": 1,
+               "action_reward": 0.0}
+    rollouts = [rollout | {"steps": [acts], "reward": 0.75}, rollout | {"steps": [weighs]},
+                rollout | {"steps": [acts | {"accepted": False}], "reward": 0.5, "accepted": False, "end": "refused"},
+                rollout | {"steps": [], "reward": 0.0, "accepted": False, "end": "failed: it died"}]
+    critique = {"text": "Good.", "verdict": "Good", "draft_errors": []}
+    trajectory = {"key": task, "task": task, "instruction": "i", "reward": 1.0, "source": "deliberation"}
+    rows = {
+        "candidates": [of_step | {"candidates": candidates, "invalid": 0, "flagged": True},
+                       of_step | {"key": f"{task}/step2", "step": 2, "candidates": [], "invalid": 0, "flagged": False}],
+        "rollouts": [of_step | {"key": f"{task}/step1/{n}", "candidate": n} | row for n, row in enumerate(rollouts)],
+        "critiques": [of_step | critique | {"key": f"{task}/step1/{n}", "candidate": n, "used_template": n > 0}
+                      for n in range(3)],
+        "deliberations": [trajectory | {"steps": [weighs, acts, acts, acts]}]}
+    for name, lines in rows.items():
+        (finished / "iter1" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    said = {"critiques": {"settings": {"model": "models/judge"}}, "deliberations": {
+        "counts": {"drafted": 1, "no draft of use": 0}}}
+    for name, sidecar in said.items():
+        (finished / "iter1" / f"{name}.meta.json").write_text(json.dumps(sidecar))
+    report(finished)
+    written = (finished / "report.md").read_text()
+    assert "| steps flagged | critic | critiques from the template | deliberations without a draft of use |" in written
+    assert "| iter1 | 1 of 2 (50 %) | judge | 2 of 3 (67 %) | 0 of 1 (0 %) | 1 of 4 (25 %) |" in written
+    assert "| iter1 | 1.000 (n=1) | 0.500 (n=1) |" in written  # sampled thoughts: with deliberation, without
+    assert "| iter1 | 1 | 3.0 | 0.750 | 0.750 | 1 of 2 (50 %) | 1 of 2 (50 %) |" in written
+
+
 def test_evaluations_on_other_tasks_are_not_compared(finished):
     write(finished, "iter1", [1, 1])
-    with pytest.raises(UserError, match="iter1/eval-seen.jsonl and .*base/eval-seen.jsonl were made on different tasks"):
+    with pytest.raises(UserError, match="iter1/eval-seen.jsonl and .*base/eval-seen.jsonl were made on different"):
         evaluations(finished)
 
 
@@ -224,10 +260,10 @@ def test_a_control_of_an_earlier_sand_is_left_out(finished, capsys):
         config.parent.mkdir()
         config.touch()
         os.utime(config, (n, n))
-    assert "SFT, as long as SAND-1" in evaluations(finished)
+    assert "token-matched SFT, SAND-1" in evaluations(finished)
     os.utime(finished / "iter1" / "model" / "config.json", (9, 9))  # SAND-1 was trained again
-    assert "SFT, as long as SAND-1" not in evaluations(finished)
-    assert "left out SFT, as long as SAND-1: " in capsys.readouterr().err
+    assert "token-matched SFT, SAND-1" not in evaluations(finished)
+    assert "left out token-matched SFT, SAND-1: " in capsys.readouterr().err
 
 
 def test_half_an_evaluation_is_named(finished, tmp_path, capsys):

