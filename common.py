@@ -6,7 +6,7 @@ Sections, in order:
     Staleness       which code a row depends on
     Prompts         the files in prompts/
     Trajectories    turns of a ReAct agent, equality of actions, what counts as a deliberation
-    Engine          vLLM in this process, or a server (prompts/server.py)
+    Engine          vLLM in this process; prompts/engine.py has the other one
 
 Libraries are imported where they are used, so that `--help` and the environments' processes start at once.
 """
@@ -18,7 +18,6 @@ import ast
 import contextlib
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import os
@@ -576,11 +575,6 @@ def _template(text: str):
     return SandboxedEnvironment(undefined=StrictUndefined, autoescape=False).from_string(text)  # plain text, no HTML
 
 
-def small_model():
-    """What only a small base model and policy need; nothing else imports it."""
-    return importlib.import_module("prompts.small_model")
-
-
 def stable_seed(*parts: object) -> int:
     """A 31-bit seed that depends on `parts` alone: not on the order, the batching or the process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
@@ -931,18 +925,6 @@ def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperatu
     group.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's EngineArgs, such "
                        """as '{"tensor_parallel_size": 2}' for a model that one GPU does not hold; without --api-base""")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-
-
-def make_engine(args: argparse.Namespace) -> Engine:
-    """The engine that the options of `add_engine_options` ask for."""
-    if not isinstance(args.engine_args, dict):
-        raise UserError(f"--engine-args: {json.dumps(args.engine_args)} is not a JSON object")
-    if args.api_base:
-        if args.engine_args:
-            raise UserError("--engine-args are for vLLM in this process; with --api-base give them to the server")
-        from prompts.server import ServerEngine
-        return ServerEngine(args.api_base, args.model)
-    return LocalEngine(args.model, args.max_model_len, args.seed, args.engine_args)
 
 
 def generate(engine, requests: Iterable[tuple[object, list[str], dict]], max_live: int

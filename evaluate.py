@@ -37,11 +37,12 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from common import (PACKAGES, ROOT, Candidates, Critique, Episode, Rollout, StageOutput, Trajectory, UserError,
-                    add_engine_options, code_digest, digest, duration, failure, failures_last, fraction, label_of, make_engine,
-                    normalise, progress, read_rows, relative, run_stage, settings_of, sidecar, sidecar_path, turn_sampling,
-                    version, writing)
+                    add_engine_options, code_digest, digest, duration, failure, failures_last, fraction, label_of,
+                    normalise, progress, read_rows, relative, run_stage, settings_of, sidecar, sidecar_path,
+                    turn_sampling, version, writing)
 from environments import TABLE, choose_tasks, file_of, files_of, of, read_trajectories, task_type, turn_limit
 from environments.workers import EnvironmentPool, Playing, play
+from prompts.engine import make_engine
 
 TEST_SPLITS = ("seen", "unseen")
 RESAMPLES = 10_000  # of the bootstrap

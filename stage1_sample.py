@@ -19,10 +19,11 @@ from __future__ import annotations
 import argparse
 import time
 
-from common import (Output, StageOutput, add_engine_options, dialogue, duration, failure, failures_last, fraction, generate,
-                    label_of, make_engine, normalise, progress, prompt_path, run_stage, settings_of, stable_seed, turn_of,
-                    turn_sampling)
+from common import (Output, StageOutput, add_engine_options, dialogue, duration, failure, failures_last, fraction,
+                    generate, label_of, normalise, progress, prompt_path, run_stage, settings_of, stable_seed,
+                    turn_of, turn_sampling)
 from environments import read_trajectories
+from prompts.engine import make_engine
 
 
 def parse_arguments() -> argparse.Namespace:

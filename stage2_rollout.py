@@ -23,10 +23,12 @@ from __future__ import annotations
 import argparse
 import time
 
-from common import (Candidates, StageOutput, UserError, add_engine_options, check_model, duration, failure, failures_last,
-                    fraction, label_of, make_engine, progress, read_rows, run_stage, settings_of, small_model, turn_sampling)
+from common import (Candidates, StageOutput, UserError, add_engine_options, check_model, duration, failure,
+                    failures_last, fraction, label_of, progress, read_rows, run_stage, settings_of, turn_sampling)
 from environments import file_of, files_of, read_trajectories, turn_limit
 from environments.workers import EnvironmentPool, Playing, play
+from prompts.base_model import small_model
+from prompts.engine import make_engine
 
 
 def parse_arguments() -> argparse.Namespace:

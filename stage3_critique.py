@@ -22,11 +22,12 @@ import re
 import time
 from collections import Counter
 
-from common import (Output, Rollout, StageOutput, UserError, add_engine_options, duration, failure, failures_last, fraction,
-                    make_engine, progress, prompt_path, read_rows, run_stage, settings_of)
+from common import (Output, Rollout, StageOutput, UserError, add_engine_options, duration, failure, failures_last,
+                    fraction, progress, prompt_path, read_rows, run_stage, settings_of)
 from environments import read_trajectories
 from prompts.base_model import (copies, draft_sampling, drafts, fill_dialogue, first_sentences, leak_in, repeats_itself,
                                 steps_text, without_names)
+from prompts.engine import make_engine
 
 TAG = "Action Evaluation:"
 POSSIBLE = re.compile(r"\bis (?:also |indeed |quite )?(?:possible|valid|feasible)\b", re.IGNORECASE)

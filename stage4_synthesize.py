@@ -28,12 +28,13 @@ import re
 import time
 from collections import Counter
 
-from common import (Candidates, Critique, Output, Rollout, StageOutput, UserError, add_engine_options, check_model, duration,
-                    failure, failures_last, fraction, listed_candidates, make_engine, normalise, parse_turn, progress,
-                    prompt_path, read_rows, run_stage, settings_of, small_model, stable_seed, with_candidates)
+from common import (Candidates, Critique, Output, Rollout, StageOutput, UserError, add_engine_options, check_model,
+                    duration, failure, failures_last, fraction, listed_candidates, normalise, parse_turn, progress,
+                    prompt_path, read_rows, run_stage, settings_of, stable_seed, with_candidates)
 from environments import read_trajectories
 from prompts.base_model import (copies, draft_sampling, drafts, fill_dialogue, leak_in, repeats_itself, steps_text,
-                                without_names)
+                                small_model, without_names)
+from prompts.engine import make_engine
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -251,12 +252,12 @@ def synthesize(args: argparse.Namespace) -> None:
 def finish_step(item: dict, draft: dict, args: argparse.Namespace) -> None:
     """Write into a step what came of its drafts: a deliberation, or why there is none."""
     step, thought = item["trajectory"]["steps"][item["step"] - 1], draft["thought"]
+    if thought is None and draft["draft_errors"]:
+        step["draft_errors"] = draft["draft_errors"]
     if args.small_model:
         thought = small_model().finish_step(step, item, thought, args.recover_only)
     if thought is not None:
         deliberate(step, thought)
-    elif draft["draft_errors"]:
-        step["draft_errors"] = draft["draft_errors"]
 
 
 def summary(counts: dict, steps: int, args: argparse.Namespace) -> str:

@@ -4,6 +4,7 @@ it writes."""
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 from collections.abc import Callable, Collection, Iterator
 
@@ -34,6 +35,11 @@ def steps_text(steps: list[dict]) -> str:
 def clip(observation: str) -> str:
     text = " ".join(observation.split())
     return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
+
+
+def small_model():
+    """What only a small base model and policy need; nothing else imports it."""
+    return importlib.import_module("prompts.small_model")
 
 
 def draft_sampling(args: argparse.Namespace, key: str, attempt: int) -> dict:

@@ -24,7 +24,7 @@ from environments.alfworld import AlfWorld, game_path, game_tasks
 from environments.scienceworld import ScienceWorld
 from environments.workers import EnvironmentPool, Playing, play
 from practice_games import write_practice_games
-from prompts.server import ServerEngine
+from prompts.engine import ServerEngine
 from test_scheduler import Scripted
 from test_stages import CANDIDATE, ROLL_OUT, ROW, SAMPLE, STEP, TRAIN, critique, rollout, write
 

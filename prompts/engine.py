@@ -1,12 +1,13 @@
-"""An engine behind an OpenAI-compatible server: `vllm serve`, or anybody's. --api-base chooses it."""
+"""Which engine answers a stage: vLLM in this process, or an OpenAI-compatible server, which --api-base names."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from concurrent.futures import FIRST_COMPLETED, wait
 
-from common import ENDLESS, Engine, Output, UserError
+from common import ENDLESS, Engine, LocalEngine, Output, UserError
 
 
 async def refuse_half_answers(response) -> None:
@@ -107,3 +108,14 @@ class ServerEngine(Engine):
 
     def usage(self) -> str:
         return f"{self.tokens_in} tokens of prompts in, {self.written()}"
+
+
+def make_engine(args: argparse.Namespace) -> Engine:
+    """The engine that the options of `add_engine_options` ask for."""
+    if not isinstance(args.engine_args, dict):
+        raise UserError(f"--engine-args: {json.dumps(args.engine_args)} is not a JSON object")
+    if args.api_base:
+        if args.engine_args:
+            raise UserError("--engine-args are for vLLM in this process; with --api-base give them to the server")
+        return ServerEngine(args.api_base, args.model)
+    return LocalEngine(args.model, args.max_model_len, args.seed, args.engine_args)
