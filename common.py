@@ -922,9 +922,20 @@ def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperatu
     group.add_argument("--max-tokens", type=int, default=max_tokens, help="most tokens of one output; default: %(default)s")
     group.add_argument("--max-model-len", type=int, default=8192, help="longest context in tokens; default: %(default)s")
     group.add_argument("--max-live", type=int, default=16, help="requests or episodes in flight; default: %(default)s")
-    group.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's EngineArgs, such "
+    group.add_argument("--engine-args", type=json_object, default={}, metavar="JSON", help="more of vLLM's EngineArgs, such "
                        """as '{"tensor_parallel_size": 2}' for a model that one GPU does not hold; without --api-base""")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def json_object(text: str) -> dict:
+    """An option's value that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def generate(engine, requests: Iterable[tuple[object, list[str], dict]], max_live: int

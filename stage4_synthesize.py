@@ -184,9 +184,12 @@ def by_task(path: str | None, kind: type) -> dict[str, list[dict]]:
 def check_critiques(args: argparse.Namespace, rows: list[dict], rollouts: list[dict], critiques: list[dict]) -> None:
     """Raise UserError unless each candidate of a task whose rollout did not fail has a critique."""
     for row in rows:
-        failed = {rollout["candidate"] for rollout in rollouts if rollout["step"] == row["step"] and failure(rollout["end"])}
-        needed = set(range(len(row["candidates"]))) - failed
-        judged = {critique["candidate"] for critique in critiques if critique["step"] == row["step"]}
+        rolled = {rollout["candidate"]: rollout for rollout in rollouts if rollout["step"] == row["step"]}
+        needed = {place: candidate["action"] for place, candidate in enumerate(row["candidates"])
+                  if not (place in rolled and failure(rolled[place]["end"]))}
+        played = {place: rollout["steps"][0]["action"] for place, rollout in rolled.items() if rollout["steps"]}
+        judged = {critique["candidate"]: played.get(critique["candidate"]) for critique in critiques
+                  if critique["step"] == row["step"]}
         if row["flagged"] and judged != needed:
             raise UserError(f"{args.critiques}: '{row['key']}' needs {len(needed)} critiques and has {len(judged)}, or those of "
                             f"other candidates than {args.candidates} has; run stages 2 and 3 again")

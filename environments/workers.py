@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-from common import UserError, dialogue, stable_seed, turn_of
+from common import Output, UserError, dialogue, stable_seed, turn_of
 from environments import Result, of
 
 MEMORY_OF_A_WORKER = 1024  # MiB at which a worker makes room for a fresh one; ALFWorld's engine keeps 1 MiB a game
@@ -185,7 +185,12 @@ class Playing:
 
 
 def play(episodes: Iterable[Playing], engine, pool: EnvironmentPool, sampling: dict, seed: int) -> Iterator[Playing]:
-    """Play episodes to their ends, as many at a time as the pool has workers; yield each as it ends.
+    """Play episodes to their ends, as many at a time as the pool has workers; yield each as it ends."""
+    yield from Scheduler(episodes, engine, pool, sampling, seed).play()
+
+
+class Scheduler:
+    """Keeps every worker's environment and the engine busy.
 
     No barrier: whenever an environment has answered, that episode's next prompt joins the running batch, and
     environments step while the engine generates. The episodes of one task go to the same worker as long as
@@ -193,46 +198,53 @@ def play(episodes: Iterable[Playing], engine, pool: EnvironmentPool, sampling: d
     anew. An episode whose environment fails is replayed on a fresh worker, three times at most; then it ends as
     "failed: ...".
     """
-    waiting: dict[str, deque[Playing]] = {}
-    for episode in episodes:
-        waiting.setdefault(episode.task, deque()).append(episode)
-    untouched = iter(list(waiting))
-    task_of: dict[int, str] = {}  # the task that each worker plays
-    live: dict[int, Playing] = {}
-    executing: dict[int, dict] = {}  # the turn whose answer each worker owes
 
-    def begin(worker: int) -> None:
-        if task_of.get(worker) not in waiting:
-            task_of[worker] = next(untouched, "") or max(waiting, key=lambda task: len(waiting[task]), default="")
-        if not (task := task_of[worker]):
+    def __init__(self, episodes: Iterable[Playing], engine, pool: EnvironmentPool, sampling: dict, seed: int) -> None:
+        self.engine, self.pool, self.sampling, self.seed = engine, pool, sampling, seed
+        self.waiting: dict[str, deque[Playing]] = {}
+        for episode in episodes:
+            self.waiting.setdefault(episode.task, deque()).append(episode)
+        self.untouched = iter(list(self.waiting))
+        self.task_of: dict[int, str] = {}  # the task that each worker plays
+        self.live: dict[int, Playing] = {}
+        self.executing: dict[int, dict] = {}  # the turn whose answer each worker owes
+
+    def play(self) -> Iterator[Playing]:
+        for worker in self.pool.workers:
+            self.begin(worker)
+        while self.live:
+            for worker, reply in self.pool.ready(timeout=0 if self.engine.busy else None):
+                if self.observe(worker, *reply):
+                    yield from self.go_on(worker)
+            for worker, (output,) in self.engine.poll() if self.engine.busy else ():
+                if output.unanswered:
+                    self.live[worker].end = "context limit" if output.finish == "context" else output.finish
+                    yield from self.go_on(worker)
+                else:
+                    self.act(worker, output)
+
+    def begin(self, worker: int) -> None:
+        """Give a worker its next episode, if there is one."""
+        if self.task_of.get(worker) not in self.waiting:
+            longest = max(self.waiting, key=lambda task: len(self.waiting[task]), default="")
+            self.task_of[worker] = next(self.untouched, "") or longest
+        if not (task := self.task_of[worker]):
             return
-        live[worker] = episode = waiting[task].popleft()
-        if not waiting[task]:
-            del waiting[task]
-        pool.send(worker, "start", task, [step["action"] for step in episode.forced])
+        self.live[worker] = episode = self.waiting[task].popleft()
+        if not self.waiting[task]:
+            del self.waiting[task]
+        self.pool.send(worker, "start", task, [step["action"] for step in episode.forced])
 
-    def replay(worker: int, reason: str) -> None:
-        """Start the worker's episode again, on a fresh process, up to and with the action that failed."""
-        episode, turn = live[worker], executing.pop(worker, None)
-        pool.restart(worker)
-        episode.failures.append(reason)
-        if len(episode.failures) > 3:
-            episode.end = f"failed: {reason}"
-            return
-        if turn:
-            episode.forced, episode.steps = [*episode.steps, turn], []
-        pool.send(worker, "start", episode.task, [step["action"] for step in episode.forced])
-
-    def observe(worker: int, kind: str, *payload) -> bool:
+    def observe(self, worker: int, kind: str, *payload) -> bool:
         """Take an environment's answer in; whether the episode can go on (or has ended)."""
-        episode = live[worker]
+        episode = self.live[worker]
         if kind == "user error":
             raise UserError(payload[0])
         if kind == "permanent error":
             episode.end = f"failed: {payload[0]}"
             return True
         if kind == "failed":
-            replay(worker, payload[0])
+            self.replay(worker, payload[0])
             return episode.end is not None
         if kind == "started":
             episode.instruction, results = payload
@@ -240,31 +252,36 @@ def play(episodes: Iterable[Playing], engine, pool: EnvironmentPool, sampling: d
                 if episode.end is None:
                     episode.record({name: step[name] for name in AGENTS_OWN if name in step}, result)
         else:
-            episode.record(executing.pop(worker), payload[0])
+            episode.record(self.executing.pop(worker), payload[0])
         return True
 
-    def go_on(worker: int) -> Iterator[Playing]:
+    def replay(self, worker: int, reason: str) -> None:
+        """Start the worker's episode again, on a fresh process, up to and with the action that failed."""
+        episode, turn = self.live[worker], self.executing.pop(worker, None)
+        self.pool.restart(worker)
+        episode.failures.append(reason)
+        if len(episode.failures) > 3:
+            episode.end = f"failed: {reason}"
+            return
+        if turn:
+            episode.forced, episode.steps = [*episode.steps, turn], []
+        self.pool.send(worker, "start", episode.task, [step["action"] for step in episode.forced])
+
+    def go_on(self, worker: int) -> Iterator[Playing]:
         """Ask the policy for the next turn of a live episode; hand an ended one out and its worker on."""
-        episode = live[worker]
+        episode = self.live[worker]
         if episode.end is None:
-            engine.submit(worker, episode.turns(), **sampling, seed=stable_seed(seed, episode.key, len(episode.steps)))
+            seed = stable_seed(self.seed, episode.key, len(episode.steps))
+            self.engine.submit(worker, episode.turns(), **self.sampling, seed=seed)
         else:
-            del live[worker]
-            begin(worker)
+            del self.live[worker]
+            self.begin(worker)
             yield episode
 
-    for worker in pool.workers:
-        begin(worker)
-    while live:
-        for worker, reply in pool.ready(timeout=0 if engine.busy else None):
-            if observe(worker, *reply):
-                yield from go_on(worker)
-        for worker, (output,) in engine.poll() if engine.busy else ():
-            if output.unanswered:
-                live[worker].end = "context limit" if output.finish == "context" else output.finish
-                yield from go_on(worker)
-            else:
-                turn = executing[worker] = {**turn_of(output), "tokens": output.tokens}
-                if output.ids and turn["text"] == output.text:
-                    live[worker].written[len(live[worker].steps)] = output.ids
-                pool.send(worker, "step", turn["action"])
+    def act(self, worker: int, output: Output) -> None:
+        """Have an environment execute the turn that the policy wrote."""
+        episode = self.live[worker]
+        turn = self.executing[worker] = {**turn_of(output), "tokens": output.tokens}
+        if output.ids and turn["text"] == output.text:
+            episode.written[len(episode.steps)] = output.ids
+        self.pool.send(worker, "step", turn["action"])

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"  # `make test` sets it up
 LONG = "--long" in sys.argv
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, two threads wait for each other more than they compute
 
 MOVES = {"scienceworld": ["look around", "teleport to kitchen", "open cupboard", "focus on agent",
                           "teleport to outside", "wait1", "pick up thermometer", "fly away", ""],

@@ -83,9 +83,9 @@ def test_an_engine_argument_of_a_wrong_value_is_named():
 
 def test_engine_arguments_that_are_no_object_are_refused(script):
     evaluate = ("evaluate.py", "run", "--model", "m", "--env", "scienceworld", "--out", "o")
-    for value, why in ("[1]", "evaluate.py: --engine-args: [1] is not a JSON object"), ("{1", "argument --engine-args"):
+    for value, why in ("[1]", "'[1]' is not a JSON object"), ("{1", "'{1' is not JSON: "):
         done = script(*evaluate, "--engine-args", value)
-        assert done.returncode == 2 and why in done.stderr and value in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and f"argument --engine-args: {why}" in done.stderr
 
 
 def test_a_hub_name_that_cannot_be_had_is_one_line(script, tmp_path):

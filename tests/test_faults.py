@@ -287,7 +287,7 @@ def test_a_server_that_fails_now_and_then_is_asked_again(fault):
 @pytest.mark.parametrize("fault, reason", [
     (500, "failed: the server answered 500"), ("stall", "failed: the server gave no answer to 3 tries: "),
     ("no choices", "failed: the server gave no answer to 3 tries: "),
-    ("one of two", "failed: the server gave no answer to 3 tries: not 2 whole completions"),
+    ("one of two", "failed: the server gave no answer to 3 tries: half an answer"),
     (400, "failed: the server refused the request: "), (401, "failed: the server answered 401")])
 def test_a_request_without_an_answer_ends_with_its_reason_and_the_others_go_on(fault, reason, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")

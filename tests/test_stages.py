@@ -84,8 +84,7 @@ def judged(folder, *actions, places=(0, 1)):
 
 @pytest.mark.parametrize("other, places, says", [
     ("wait", [0], "needs 2 critiques and has 1"), ("wait", [0, 2], "needs 2 critiques and has 2, or those of other"),
-    pytest.param("open door", [0, 1], "needs 2 critiques and has 2, or those of other", marks=pytest.mark.xfail(
-        strict=True, reason="stage 4 compares places and no actions"))])
+    ("open door", [0, 1], "needs 2 critiques and has 2, or those of other")])
 def test_the_critiques_must_be_of_the_candidates(refuses, tmp_path, other, places, says):
     files = judged(tmp_path, "look around", other, places=places)
     message = refuses("stage4_synthesize.py", *SAMPLE[1:], *files, "--attempts", 0)
