@@ -145,8 +145,8 @@ def test_a_change_makes_exactly_what_depends_on_it_stale(project, change, stale)
 
 
 EDITS = {  # (file, text, what stands there instead): the scripts that are stale then
-    ("common.py", "# Rows of one stage", "# Some rows of one stage"): [],
-    ("common.py", '"""A fresh', '"""A'): [],
+    ("common.py", "# A row is one line", "# One row is a line"): [],
+    ("common.py", '"""Read a JSONL file of rows', '"""Rows of a JSONL file'): [],
     ("environments/alfworld.py", "TURNS = 30", "TURNS = 31"): [],
     ("environments/__init__.py", 'TABLE = {', 'TABLE = {"toy": "Toy", '): [],
     ("environments/scienceworld.py", '"""One environment', '"""A single environment'): [],
