@@ -63,8 +63,8 @@ LORA_RANK ?= 16
 MAX_TOKENS ?= 192
 ifeq ($(ENV),scienceworld)
 TYPES ?= find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived
-TASKS ?= 8
-TEST_TASKS ?= 8
+TASKS ?= 6
+TEST_TASKS ?= 6
 MAX_TURNS ?= 8
 else
 TASKS ?= 6

@@ -148,21 +148,22 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
                         "launch with `accelerate launch --multi_gpu`")
     together = args.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % together:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of the {together} trajectories that all devices take "
-                        "at once; change it or --micro-batch-size")
+        raise UserError(f"--batch-size {args.batch_size} is no multiple of the {together} trajectories that all devices "
+                        "take at once; change it or --micro-batch-size")
     if args.lora_rank:
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
     on_gpu = torch.cuda.is_available()
-    large = model.num_parameters() > 1e9  # a smaller one's activations fit on a GPU, and computing them twice takes time
+    large = model.num_parameters() > 1e9  # a smaller one's activations fit on a GPU; computing them twice takes time
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=round(WARM_UP * args.epochs * len(sequences) / args.batch_size),
         per_device_train_batch_size=args.micro_batch_size, gradient_accumulation_steps=args.batch_size // together,
         # Else each device holds whole gradients, in bf16, while it accumulates.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
-        gradient_checkpointing=on_gpu and large, bf16=bfloat16_is_fast(), use_cpu=not on_gpu,
+        # On a CPU, casting the weights to bf16 costs more than it saves.
+        gradient_checkpointing=on_gpu and large, bf16=on_gpu and bfloat16_is_fast(), use_cpu=not on_gpu,
         # Tasks of one type are of about one length: grouped, a step learns from few of them. Only padding is
         # worth that.
         train_sampling_strategy="group_by_length" if args.micro_batch_size > 1 else "random",
@@ -209,8 +210,7 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def train(trainer, tokenizer, stored_as, part: Path, provenance: Provenance | None) -> None:
-    """Train from the last checkpoint in `part` on, to a whole model in part/finished. Only the main process has
-    provenance."""
+    """Train on from the last checkpoint in `part` to part/finished. Only the main process has provenance."""
     import torch
     from safetensors import SafetensorError
     from transformers.trainer_utils import get_last_checkpoint
