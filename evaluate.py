@@ -40,7 +40,7 @@ from common import (PACKAGES, ROOT, Candidates, Critique, Episode, Rollout, Stag
                     add_engine_options, code_digest, digest, duration, failure, failures_last, fraction, label_of,
                     normalise, progress, read_rows, relative, run_stage, settings_of, sidecar, sidecar_path,
                     turn_sampling, version, writing)
-from environments import TABLE, choose_tasks, file_of, files_of, of, read_trajectories, task_type, turn_limit
+from environments import SPLITS, TABLE, choose_tasks, file_of, files_of, of, read_trajectories, task_type, turn_limit
 from environments.workers import EnvironmentPool, Playing, play
 from prompts.engine import make_engine
 
@@ -197,8 +197,8 @@ def chosen_tasks(args: argparse.Namespace) -> dict[str, list[str]]:
     """{split: its tasks} of the options."""
     splits = args.splits.split(",")
     for split in splits:
-        if split not in ("train", *TEST_SPLITS):
-            raise UserError(f"--splits: unknown split '{split}'; known are train, seen, unseen")
+        if split not in SPLITS:
+            raise UserError(f"--splits: unknown split '{split}'; known are {', '.join(SPLITS)}")
     return {split: choose_tasks(args.env, split, args.types, args.tasks, args.seed) for split in splits}
 
 

@@ -25,8 +25,8 @@ from collections import Counter
 from common import (Output, Rollout, StageOutput, UserError, add_engine_options, duration, failure, failures_last,
                     fraction, progress, prompt_path, read_rows, run_stage, settings_of)
 from environments import read_trajectories
-from prompts.base_model import (copies, draft_sampling, drafts, fill_dialogue, first_sentences, leak_in, repeats_itself,
-                                steps_text, without_names)
+from prompts.base_model import (REFUSED, copies, draft_sampling, drafts, fill_dialogue, first_sentences, leak_in,
+                                repeats_itself, steps_text, without_names)
 from prompts.engine import make_engine
 
 TAG = "Action Evaluation:"
@@ -84,7 +84,7 @@ def verdict(rollout: dict) -> str:
     expert's way from here on. Only what leads to more reward, or to as much in as few steps, leads on: else
     every action that the policy recovers from in the end would be as good as every other."""
     if not rollout["accepted"]:
-        return "This is not possible here and only wastes a turn"
+        return REFUSED
     reward, expert_reward = round(rollout["reward"], 3), round(rollout["expert_reward"], 3)
     if (reward, -len(rollout["steps"])) >= (expert_reward, -rollout["expert_steps_left"]):
         return "This is possible and leads on to completing the task"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from common import Output, UserError, fill, generate, normalise, prompt_path, read_prompt, stable_seed
 
 LONGEST_SHOWN = 1000  # characters of an observation
+REFUSED = "This is not possible here and only wastes a turn"  # the verdict on what the environment refuses
 
 
 def fill_dialogue(name: str, **values: str) -> list[str]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import random
 
 from common import failure, normalise, stable_seed
+from prompts.base_model import REFUSED
 
 MOST_REFUSALS = 4
-REFUSED = "This is not possible here and only wastes a turn"  # stage 3's verdict
 
 
 def four_refused(steps: list[dict], step: int) -> str | None:
