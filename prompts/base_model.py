@@ -8,9 +8,8 @@ import importlib
 import re
 from collections.abc import Callable, Collection, Iterator
 
-from common import Output, UserError, fill, generate, normalise, prompt_path, read_prompt, stable_seed
+from common import Output, UserError, fill, generate, normalise, prompt_path, read_prompt, stable_seed, turns_of
 
-LONGEST_SHOWN = 1000  # characters of an observation
 REFUSED = "This is not possible here and only wastes a turn"  # the verdict on what the environment refuses
 
 
@@ -24,18 +23,8 @@ def fill_dialogue(name: str, **values: str) -> list[str]:
 
 
 def steps_text(steps: list[dict]) -> str:
-    """Actions and observations in plain text, for the prompts of the base model (figures 5 and 6).
-
-    Thoughts stay out: they would tell the judge what to think, and later iterations' are long. Long
-    observations are clipped.
-    """
-    lines = [f"Action: {step['action']}\nObservation: {clip(step['observation'])}" for step in steps]
-    return "\n".join(lines) if lines else "(nothing has been done yet)"
-
-
-def clip(observation: str) -> str:
-    text = " ".join(observation.split())
-    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
+    """Thoughts, actions and observations in plain text, for the prompts of the base model (figures 5 and 6)."""
+    return "\n".join(turns_of(steps)) or "(nothing has been done yet)"
 
 
 def small_model():
@@ -85,8 +74,9 @@ def drafts(engine, items: list[dict], request: Callable[[dict, int], tuple[list[
 
 # --- Checks ----------------------------------------------------------------------------------------------------
 
-LEAKS = re.compile(r"\b(?:simulat\w*|imagin\w*|scratch-?pads?|rollouts?|private(?:ly)?|experts?|formats?|instructions?|"
-                   r"final reward)\b", re.IGNORECASE)
+# What would teach the policy that there was a simulation, a scratch-pad or a reward. "Expert" or "instructions" are ordinary words.
+LEAKS = re.compile(r"\b(?:simulat(?:ed?|ions?|ing)|scratch-?\s?pads?|roll-?outs?|(?:imagined|private|mental) (?:futures?|notes?)|"
+                   r"futures? (?:that )?I (?:have )?imagined|final rewards?|rewards? of \d)\b", re.IGNORECASE)
 SENTENCE = re.compile(r"\S(?:[^.!?\n]|[.!?](?!\s|$))*[.!?]+(?=\s|$)")  # 0.5 does not end one
 
 
@@ -99,7 +89,7 @@ def without_names(text: str, actions: Collection[str]) -> str:
 
 
 def leak_in(text: str) -> bool:
-    """Whether the text speaks of the prompt or of what was only imagined."""
+    """Whether the text gives away that something was simulated."""
     return bool(LEAKS.search(text))
 
 

@@ -1,13 +1,155 @@
-"""Which engine answers a stage: vLLM in this process, or an OpenAI-compatible server, which --api-base names."""
+"""The two engines: vLLM in this process, and an OpenAI-compatible server, which --api-base names."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import sys
+from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 
-from common import ENDLESS, Engine, LocalEngine, Output, UserError
+from common import ENDLESS, ChatFormat, Engine, Output, UserError, bfloat16_is_fast, check_model_folder
+
+
+class LocalEngine(Engine):
+    """vLLM in this process, stepped request by request: `submit` at any time, `poll` runs one step.
+
+    `engine_args` are more of vLLM's EngineArgs. Raises UserError for a model or arguments that vLLM does not
+    take.
+    """
+
+    def __init__(self, model: str, max_model_len: int, seed: int, engine_args: dict | None = None) -> None:
+        check_model_folder(model)
+        engine_args = engine_args or {}
+        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+                            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+                            # A fork would keep the environments' pipes open, so that these would not end with
+                            # them.
+                            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+                            "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
+            os.environ.setdefault(name, value)
+        import logging
+        import warnings
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns while it is imported, before it reads its own level
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        from vllm import EngineArgs, LLMEngine
+        from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
+        options: dict = {}
+        if current_platform.is_cpu():
+            os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # else vLLM computes with a single one
+            # Eager: compiling takes minutes. Whole prompts: with chunked ones vLLM 0.32 fails on a request that
+            # has a seed ("CPU Generator does not use offset"). Small blocks: only whole ones are found again in
+            # the prefix cache, and a turn is shorter than the default 128 tokens.
+            options = {"enforce_eager": True, "dtype": "bfloat16" if bfloat16_is_fast() else "float32",
+                       "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len, "block_size": 32}
+        own = {"model": model, "max_model_len": max_model_len, "seed": seed,
+               "disable_log_stats": False}  # `usage` reads them
+        options |= own | {"enable_prefix_caching": True, "use_tqdm_on_load": False, "generation_config": "vllm"}
+        if unknown := engine_args.keys() - (EngineArgs.__dataclass_fields__.keys() - own.keys()):
+            raise UserError("vLLM does not take these --engine-args, or they are set by the stage or another option: "
+                            f"{', '.join(map(repr, sorted(unknown)))}")
+        if engine_args.get("data_parallel_size", 1) != 1:
+            raise UserError("--engine-args: data_parallel_size needs a server; start `vllm serve` with it and give --api-base")
+        try:
+            # What vLLM's LLM says of itself, for batches as large; an engine of no context gets 128 requests at
+            # most.
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**options | engine_args),
+                                                     usage_context=UsageContext.LLM_CLASS)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split("\n", 3)[:3])  # pydantic names the argument in the second line
+            raise UserError(f"vLLM cannot load the model '{model}': {reason}") from None
+        self.format = ChatFormat(self.engine.get_tokenizer())
+        self.longest = max_model_len
+        self.too_long: list[tuple[object, list[Output]]] = []
+        self.waiting: deque[tuple] = deque()  # (name, token ids, vLLM's SamplingParams)
+        self.running: dict[str, tuple] = {}
+        self.most: float = float("inf")  # requests in vLLM at once
+        self.submitted = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.too_long or self.waiting or self.running)
+
+    def submit(self, name: object, turns: list[str], *, n: int = 1, max_tokens: int, regex: str | None = None,
+               **sampling: object) -> None:
+        """Ask for `n` completions of a dialogue; `poll` returns them under `name`. regex constrains the output;
+        `sampling` is temperature, seed and stop."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
+        ids = self.format.encode(turns)
+        room = self.longest - len(ids)
+        if room < 1:
+            self.too_long.append((name, [Output("", 0, "context")] * n))
+            return
+        self.tokens_in += len(ids)
+        self.waiting.append((name, ids, SamplingParams(
+            n=n, max_tokens=min(max_tokens, room), **sampling,
+            structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
+            repetition_detection=RepetitionDetectionParams(**ENDLESS), output_kind=RequestOutputKind.FINAL_ONLY)))
+        self._admit()
+
+    def _admit(self) -> None:
+        """Hand waiting requests to vLLM as long as there is room."""
+        while self.waiting and len(self.running) < self.most:
+            request = _, ids, sampling = self.waiting.popleft()
+            self.submitted += 1
+            self.running[str(self.submitted)] = request
+            self.engine.add_request(str(self.submitted), {"prompt_token_ids": ids}, sampling)
+
+    def _make_room(self) -> None:
+        """After the accelerator ran out of memory: begin all unfinished requests again, half as many at once.
+
+        vLLM enters a prompt's blocks into the prefix cache before it computes them, so the cache has to go,
+        too.
+        """
+        import torch
+        live = len(self.running)
+        if live == 1:
+            raise UserError("out of memory with a single request in flight; lower --max-model-len or use a smaller model")
+        self.most = max(1, live // 2)
+        print(f"out of memory with {live} requests in flight; going on with at most {self.most}", file=sys.stderr)
+        self.engine.abort_request(list(self.running))
+        self.waiting.extendleft(reversed(self.running.values()))
+        self.running.clear()
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM keeps blocks of requests that were aborted; its prefix cache cannot be trusted")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._admit()
+
+    def _output(self, completion) -> Output:
+        """vLLM's completion as ours."""
+        ended = completion.finish_reason == "stop" and completion.stop_reason is None  # with the end-of-turn token
+        ids = list(completion.token_ids[:-1] if ended else completion.token_ids)
+        return Output(completion.text, len(completion.token_ids), completion.finish_reason,
+                      ids if self.format.spells(ids, completion.text) else None)
+
+    def poll(self) -> list[tuple[object, list[Output]]]:
+        """Run one step of the engine; the requests that it finished, as (name, completions)."""
+        import torch
+        finished, self.too_long = self.too_long, []
+        if self.running:
+            try:
+                results = self.engine.step()
+            except torch.OutOfMemoryError:
+                self._make_room()
+                return finished
+            for result in results:
+                if result.finished:
+                    outputs = [self._output(each) for each in sorted(result.outputs, key=lambda each: each.index)]
+                    finished.append((self.running.pop(result.request_id)[0], self.count(outputs)))
+            self._admit()
+        return finished
+
+    def usage(self) -> str:
+        """What was asked of the model so far; the hit rate is the share of prompt tokens, those of each of n
+        samples counted, that needed no computing."""
+        counted = {metric.name: metric.value for metric in self.engine.get_metrics() if "prefix_cache" in metric.name}
+        rate = counted["vllm:prefix_cache_hits"] / max(1, counted["vllm:prefix_cache_queries"])
+        return (f"{self.tokens_in} tokens of prompts in (prefix cache hit rate {100 * rate:.0f} %), "
+                f"{self.written()}")
 
 
 async def refuse_half_answers(response) -> None:

@@ -79,7 +79,7 @@ def wait_until_gone(mark):
 @pytest.fixture(scope="session")
 def engine():
     """The packaged model in a real vLLM in this process."""
-    from common import LocalEngine
+    from prompts.engine import LocalEngine
     return LocalEngine(str(MODEL), 2048, 0, {"max_num_seqs": 64})
 
 

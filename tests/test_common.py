@@ -257,11 +257,45 @@ def test_neither_the_report_nor_another_environment_makes_rows_stale(tmp_path, m
     ("Thought: a\n\n- x: y\n\nb\nAction: open door\nObservation: it opens\nAction: go", "a\n\n- x: y\n\nb",
      "open door"),
     ("I do not know", "", ""),
+    ("Action:", "", ""),
+    ("Action:\nObservation: nothing", "", ""),
+    # Where ETO's and AgentGym's parsers find it: on the next line, or behind the thought in its line.
+    ("Thought:\nI look.\n\nAction:\nlook around", "I look.", "look around"),
+    ("Thought: I look. Action: look around", "I look.", "look around"),
+    ("Thought: I look Action: look around", "I look", "look around"),
+    ("Thought: My last Action: wait failed.\nAction: go", "My last Action: wait failed.", "go"),
+    # AgentInstruct's capitals; ReAct's numbers; what figure 6 calls the final action.
+    ("THOUGHT: I look.\n ACTION: look around", "I look.", "look around"),
+    ("Thought 1: I look.\nAction 1: look around", "I look.", "look around"),
+    ("Thought: I look.\nFinal Action: look around", "I look.", "look around"),
+    # The marks of chat models.
+    ("**Thought:** I look.\n**Action:** look around", "I look.", "look around"),
+    ("**Thought**: I look.\n**Action**: look around", "I look.", "look around"),
+    ("### Thought: I look.\n### Action: **look around**", "I look.", "look around"),
+    ("Thought: I look.\nAction: `look around`.", "I look.", "look around"),
+    ('Thought: I look.\nAction: "look around"', "I look.", "look around"),
+    ("Thought: I look.\nAction: <look around>", "I look.", "look around"),
+    ("Thought: I look.\nAction\uff1alook around", "I look.", "look around"),
+    ("Thought: I look.\nAction:\u00a0look around", "I look.", "look around"),
+    ("Thought: I look.\n```\nAction: look around\n```", "I look.", "look around"),
+    ("Thought: I look.\nAction:\n```text\nlook around\n```", "I look.", "look around"),
+    ('Thought: "Baby" egg it is.\nAction: focus on egg', '"Baby" egg it is.', "focus on egg"),
+    ("Action: click[size: < 3 > `x`]", "", "click[size: < 3 > `x`]"),
+    # What is imagined behind it.
+    ("Thought: I look.\nAction: look around\nHuman: Observation: a bee\nAction: wait", "I look.", "look around"),
+    ("Thought: I look.\nAction: look around. Observation: a bee", "I look.", "look around"),
+    # What reasoning models think first, with and without the tag that the template may have written.
+    ("<think>\nAction: wait\nNo.\n</think>\n\nThought: I look.\nAction: look around", "I look.", "look around"),
+    ("Hm.\nAction: wait\n</think>\nThought: I look.\nAction: look around", "I look.", "look around"),
+    ("<think>\nAction: wait", "", ""),
+    ("[THINK]Action: wait[/THINK]Action: look around", "", "look around"),
+    ("<seed:think>Action: wait</seed:think>Action: look around", "", "look around"),
 ])
-def test_the_first_action_line_is_the_action_and_nothing_after_it(text, thought, action):
+def test_the_first_action_is_the_action_and_nothing_after_it(text, thought, action):
     turn = parse_turn(text)
     assert (turn["thought"], turn["action"]) == (thought, action)
     assert "candidates" not in turn
+    assert not action or turn["text"] in text and "imagined" not in turn["text"]
 
 
 def test_a_turn_that_deliberates_has_candidates():

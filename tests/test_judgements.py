@@ -6,7 +6,7 @@ import re
 import pytest
 
 import common
-from common import Output, UserError, listed_candidates, with_candidates
+from common import Output, UserError, dialogue, listed_candidates, with_candidates
 from prompts import small_model
 from prompts.base_model import draft_sampling, drafts, fill_dialogue, steps_text
 from prompts.small_model import REFUSED, failed_first, four_refused, purpose, templated_thought
@@ -51,7 +51,8 @@ def written(text):
 
 def judge(text, **changes):
     rollout = ROLLOUT | changes
-    return check_critique(rollout, critique_prompt(rollout, TRAJECTORY), written(text))
+    return check_critique(rollout, critique_prompt(rollout, TRAJECTORY), written(text),
+                          {"teleport to kitchen", *(each["action"] for each in STEPS)})
 
 
 def test_a_good_critique_is_taken_without_its_tag_and_cut_to_three_sentences():
@@ -65,19 +66,41 @@ def test_a_good_critique_is_taken_without_its_tag_and_cut_to_three_sentences():
     ("Action Evaluation: The mug led to a final reward of 0.5 in the end.", "speaks of the simulation"),
     ("Action Evaluation: The mug is what I need. The mug is what I need.", "repeats itself"),
     ("Action Evaluation: Taking the mug is not possible here at all.", "contradicts the environment"),
-    ("Action Evaluation: The mug is here. Which must be found in the task and the current state.", "copies the prompt"),
+    ("Action Evaluation: The mug is here. Which mistakes or endless loops do tasks like this one invite? None.", "copies the prompt"),
+    ("Action Evaluation: teleport to outside", "acts instead of judging"),
+    ("Action Evaluation: Go to drawer 3. It is the next one to look into.", "acts instead of judging"),
+    ("Action Evaluation: I will now go to the outside. There is more to see.", "acts instead of judging"),
+    ("Action Evaluation: The mug is on the shelf.\nAction: take mug 1 from shelf 2", "acts instead of judging"),
+    ("Action Evaluation: Going to the drawer 4 is possible and may show a mug.", "judges another action"),
+    ("<think>Action Evaluation: Taking the mug is possible here.", "no tag"),
 ])
 def test_a_critique_of_no_use_is_refused_with_the_reason(text, reason):
     assert judge(text)[1] == reason
 
 
+@pytest.mark.parametrize("text", [
+    "I will lose a turn with it, since the mug stands in plain sight. Nothing else is gained here.",
+    "Take mug 1 from shelf 2 is a valid action that fits the task well.",
+    "After I go to drawer 4 the mug may be out of reach, so taking mug 1 from shelf 2 comes first.",
+    "Executing take mug 1 from shelf 2 is a practical step. Going to drawer 4 can wait.",
+    "This action is valid, and it brings the mug into my hands. Then only the table is left.",
+])
+def test_a_critique_may_speak_of_other_actions_and_of_what_it_will_bring(text):
+    assert judge(f"Action Evaluation: {text}") == (text, None)
+
+
+def test_what_is_thought_before_a_critique_is_no_part_of_it():
+    thinking = "<think>\nAction Evaluation: no, that is wrong.\n- first\n</think>\n\n"
+    assert judge(f"{thinking}Action Evaluation: {GOOD}") == (GOOD, None)
+
+
 def test_ordinary_words_are_no_leak():
-    text = "The mug gives useful information for this experimental task."
+    text = "The mug gives useful information in the right format: an expert follows instructions and imagines no more."
     assert judge(f"Action Evaluation: {text}") == (text, None)
 
 
 def test_an_actions_own_name_is_no_leak_and_no_repetition():
-    action = "read recipe titled instructions to make salt water"
+    action = "read recipe titled simulations of salt water"
     text = f"I {action} since I do not know them yet. Once I {action} I can begin."
     assert judge(f"Action Evaluation: {text}", steps=[step(action)]) == (text, None)
     assert judge(f"Action Evaluation: {text}")[1] == "speaks of the simulation"
@@ -133,10 +156,17 @@ def test_the_critique_prompt_shows_history_action_future_and_reward():
     assert "The action was refused" in refused and "Final reward: 0.50" not in refused
 
 
-def test_the_history_is_actions_and_observations_without_thoughts():
+def test_the_judge_sees_the_environments_whole_prompt_and_all_of_the_history_with_its_thoughts():
     assert steps_text([]) == "(nothing has been done yet)"
-    assert steps_text(STEPS[:1]) == "Action: go to drawer 1\nObservation: It holds 1 spoons."
-    assert steps_text([step("wait", f"a\n b{'x' * 1000}")]).endswith("Observation: a b" + "x" * 997 + " ...")
+    long = step("wait", f"a\nb{'x' * 5000}", thought="I wait.")
+    assert steps_text([long]) == f"Thought: I wait.\nAction: wait\nObservation: a\nb{'x' * 5000}"
+    trajectory = TRAJECTORY | {"steps": [long, *STEPS]}
+    for prompt in critique_prompt(ROLLOUT, trajectory), deliberation_prompt(ITEM | {"trajectory": trajectory}, 2):
+        assert prompt[-1].startswith(f"### Background\n{dialogue(TASK, 'Find a mug.', [])[0]}\n\n### Current State\nThought: I wait.")
+        assert f"b{'x' * 5000}\n" in prompt[-1]
+        order = [prompt[-1].index(part) for part in ("### Background", "### Current State", "### Private", "### Instructions",
+                                                    "### Output Format")]
+        assert order == sorted(order)
 
 
 # --- Drafts -----------------------------------------------------------------------------------------------------------
@@ -190,9 +220,21 @@ def check(text):
     return check_deliberation(ITEM, deliberation_prompt(ITEM, None), written(text))
 
 
-def test_a_list_in_stars_is_learnt_in_dashes():
-    starred = re.sub(r"^- (.*?):", r"* **\1:**", DELIBERATION, flags=re.MULTILINE)
-    assert "* **go to drawer 3:** It" in starred and check(starred) == check(DELIBERATION)
+@pytest.mark.parametrize("bullet", [r"* **\1:**", r"- **\1**:", r"1. \1:", r"2) `\1`:", r"- <\1>:", r"• [\1]:", r"  - \1 :", r"- \1:**"])
+def test_a_list_with_the_marks_that_models_use_is_learnt_in_dashes(bullet):
+    marked = re.sub(r"^- (.*?):", bullet, DELIBERATION, flags=re.MULTILINE)
+    assert check(marked) == check(DELIBERATION)
+
+
+def test_a_deliberation_may_end_as_figure_6_without_an_action_line():
+    plain = DELIBERATION.replace("so I go there.\nAction: go to drawer 3", "so I go to drawer 3.")
+    thought, reason = check(plain)
+    assert reason is None and thought == plain.removeprefix("Thought: ")
+
+
+def test_what_is_thought_before_a_deliberation_is_not_learnt():
+    assert check(f"<think>\n- go to drawer 9: no.\nAction: wait\n</think>\n{DELIBERATION}") == check(DELIBERATION)
+    assert check(f"so the drawer it is\nAction: wait\n</think>\n{DELIBERATION}") == check(DELIBERATION)
 
 
 def test_a_deliberation_may_name_an_action_as_often_as_it_likes():
@@ -209,7 +251,9 @@ def test_a_good_deliberation_is_taken():
 
 
 @pytest.mark.parametrize("change, reason", [
-    (("Action: go to drawer 3", ""), "no action line"),
+    (("Action: go to drawer 3", ""), "no final action"),
+    (("so I go there.\nAction: go to drawer 3", "so not go to drawer 3 but take mug (blue) 1."), "another action than the expert's"),
+    (("Thought: The second", "<think>The second"), "no final action"),
     (("Action: go to drawer 3", "Action: take mug (blue) 1"), "another action than the expert's"),
     (("- take mug (blue) 1: I have not seen such a mug anywhere.\n", ""), "bullets are not the candidates"),
     (("An unopened", "The scratch-pad says that an unopened"), "speaks of the scratch-pad"),
