@@ -38,6 +38,7 @@ SHELL := /bin/bash
 #: MAX_TOKENS     most tokens of a turn
 #: MAX_MODEL_LEN  longest context in tokens, in training too; empty: 8192
 #: MAX_LIVE       requests or episodes in flight
+#: CHAT_ARGS      what chat templates are given, such as '{"enable_thinking": true}'; empty: no thinking, one fixed date
 #: ENGINE_ARGS    more of vLLM's EngineArgs, such as '{"tensor_parallel_size": 2}'
 #: LAUNCH         how training starts: Python, or accelerate's launcher for several devices
 #: SEED           of everything
@@ -201,7 +202,7 @@ games: $(READY) ## practice games for ALFWorld's engine, where its data cannot b
 
 # ---- Options ----
 SELECT = $(addprefix --types ,$(strip $(TYPES))) $(addprefix --max-turns ,$(strip $(MAX_TURNS))) --seed $(strip $(SEED))
-CONTEXT = $(addprefix --max-model-len ,$(strip $(MAX_MODEL_LEN)))
+CONTEXT = $(addprefix --max-model-len ,$(strip $(MAX_MODEL_LEN))) $(if $(strip $(CHAT_ARGS)),--chat-args '$(strip $(CHAT_ARGS))')
 SAMPLING = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED)) $(CONTEXT)
 EXPERT = --env $(strip $(ENV)) $(addprefix --tasks ,$(strip $(TASKS))) $(SELECT) $(addprefix --published ,$(strip $(PUBLISHED)))
 TRAIN = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH_SIZE)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED)) $(CONTEXT)

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 
-from common import (ChatFormat, Provenance, UserError, bfloat16_is_fast, check_model_folder, dialogue, digest, duration,
-                    label_of, locked, prompt_path, run_stage, settings_of, write_json, writing)
+from common import (ChatFormat, Provenance, UserError, add_chat_options, bfloat16_is_fast, check_model_folder, dialogue, duration,
+                    forget_other_training, label_of, locked, prompt_path, publish, run_stage, settings_of)
 from environments import read_trajectories
 
 CHECKPOINTS = 5  # of a training; a kill costs the steps since the last one
@@ -52,6 +53,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
                        "weights; default: %(default)s")
     group.add_argument("--max-model-len", type=int, default=8192, help="longest sequence, in whole steps; default: %(default)s")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    add_chat_options(group)
 
 
 # --- What is learnt -----------------------------------------------------------------------------------------------
@@ -134,7 +136,27 @@ def load_model(args: argparse.Namespace):
     except (OSError, ValueError) as error:
         raise UserError(f"transformers cannot load the model '{args.model}': {str(error).splitlines()[0]}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    check_saving(model, tokenizer)
     return model, tokenizer, stored_as
+
+
+def check_saving(model, tokenizer) -> None:
+    """Raise UserError if what was loaded cannot be saved: better now than after the training."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in model.config, generation_config(model), tokenizer:
+                part.save_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{model.name_or_path}: was loaded and cannot be saved again ({' '.join(str(error).split())}); mend its "
+                        "configuration files before the training") from None
+
+
+def generation_config(model):
+    """A model's generation config as it can be written: public checkpoints that set a temperature and no do_sample
+    mean to sample, and transformers refuses them as they are."""
+    config = copy.deepcopy(model.generation_config)
+    config.do_sample = config.do_sample or any(getattr(config, name) is not None for name in ("temperature", "top_p", "top_k"))
+    return config
 
 
 def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespace, folder: Path):
@@ -185,7 +207,7 @@ def finetune(args: argparse.Namespace) -> None:
         check_model_folder(args.model)
         started = time.time()
         model, tokenizer, stored_as = load_model(args)
-        sequences, cut = training_sequences(rows, ChatFormat(tokenizer), args.max_model_len)
+        sequences, cut = training_sequences(rows, ChatFormat(tokenizer, args.chat_args), args.max_model_len)
         if not sequences:
             raise UserError(f"{args.data}: no trajectory fits in {args.max_model_len} tokens; raise --max-model-len")
         tokens = sum(len(sequence["input_ids"]) for sequence in sequences)
@@ -247,21 +269,8 @@ def save_checkpoint(weights: dict, source, dtype, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
     model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     model.tie_weights()
-    model.generation_config = source.generation_config
+    model.generation_config = generation_config(source)
     model.save_pretrained(folder)
-
-
-def publish(part: Path, out: Path, provenance: Provenance, summary: dict) -> None:
-    """Move the finished model to its name, with its record of training and its sidecar."""
-    finished = part / "finished"
-    write_json(finished / "training.json", summary)
-    provenance.write(out, digest(finished), {name: summary[name] for name in ("trajectories", "tokens", "optimizer_steps")})
-    shutil.rmtree(part / "replaced", ignore_errors=True)
-    if out.exists():  # aside in one step: half a model must never be taken for one
-        os.replace(out, part / "replaced")
-    os.replace(finished, out)
-    (part / "fingerprint").unlink()  # whatever a kill leaves of the rest is of no use
-    shutil.rmtree(part)
 
 
 def training_tokens(model: str) -> float:
@@ -272,22 +281,6 @@ def training_tokens(model: str) -> float:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{model}/training.json: does not say how long that model was trained ({error}); --as-long-as names a model "
                         "that stage 0 or stage 5 has written") from None
-
-
-def forget_other_training(part: Path, fingerprint: str) -> None:
-    """Remove the checkpoints in `part` unless they were made with the same settings, data and code."""
-    marker = part / "fingerprint"
-    if part.exists() and not (marker.exists() and marker.read_text() == fingerprint):
-        if any(part.glob("checkpoint-*")):
-            print(f"{part}: starting afresh, its checkpoints were made with other settings, data or code", file=sys.stderr)
-        shutil.rmtree(part)
-    for checkpoint in part.glob("checkpoint-*"):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())  # written last
-        except (OSError, ValueError):
-            shutil.rmtree(checkpoint)  # a kill came first
-    with writing(marker) as file:
-        file.write(fingerprint)
 
 
 def main() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
+from urllib.parse import urljoin
 
-from common import ENDLESS, ChatFormat, Engine, Output, UserError, bfloat16_is_fast, check_model_folder
+from common import CHAT_ARGS, ENDLESS, ChatFormat, Engine, Output, UserError, bfloat16_is_fast, check_model_folder
 
 
 class LocalEngine(Engine):
@@ -19,7 +21,8 @@ class LocalEngine(Engine):
     take.
     """
 
-    def __init__(self, model: str, max_model_len: int, seed: int, engine_args: dict | None = None) -> None:
+    def __init__(self, model: str, max_model_len: int, seed: int, engine_args: dict | None = None,
+                 chat_args: dict | None = None) -> None:
         check_model_folder(model)
         engine_args = engine_args or {}
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
@@ -44,7 +47,7 @@ class LocalEngine(Engine):
             # the prefix cache, and a turn is shorter than the default 128 tokens.
             options = {"enforce_eager": True, "dtype": "bfloat16" if bfloat16_is_fast() else "float32",
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len, "block_size": 32}
-        own = {"model": model, "max_model_len": max_model_len, "seed": seed,
+        own = {"model": model, "max_model_len": max_model_len, "seed": seed, "tokenizer_mode": "hf",  # as in training
                "disable_log_stats": False}  # `usage` reads them
         options |= own | {"enable_prefix_caching": True, "use_tqdm_on_load": False, "generation_config": "vllm"}
         if unknown := engine_args.keys() - (EngineArgs.__dataclass_fields__.keys() - own.keys()):
@@ -60,7 +63,7 @@ class LocalEngine(Engine):
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split("\n", 3)[:3])  # pydantic names the argument in the second line
             raise UserError(f"vLLM cannot load the model '{model}': {reason}") from None
-        self.format = ChatFormat(self.engine.get_tokenizer())
+        self.format = ChatFormat(self.engine.get_tokenizer(), chat_args)
         self.longest = max_model_len
         self.too_long: list[tuple[object, list[Output]]] = []
         self.waiting: deque[tuple] = deque()  # (name, token ids, vLLM's SamplingParams)
@@ -85,7 +88,7 @@ class LocalEngine(Engine):
             return
         self.tokens_in += len(ids)
         self.waiting.append((name, ids, SamplingParams(
-            n=n, max_tokens=min(max_tokens, room), **sampling,
+            n=n, max_tokens=min(max_tokens, room), stop_token_ids=[self.format.end_of_turn], **sampling,
             structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
             repetition_detection=RepetitionDetectionParams(**ENDLESS), output_kind=RequestOutputKind.FINAL_ONLY)))
         self._admit()
@@ -121,7 +124,7 @@ class LocalEngine(Engine):
 
     def _output(self, completion) -> Output:
         """vLLM's completion as ours."""
-        ended = completion.finish_reason == "stop" and completion.stop_reason is None  # with the end-of-turn token
+        ended = completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)  # by a token, not a text
         ids = list(completion.token_ids[:-1] if ended else completion.token_ids)
         return Output(completion.text, len(completion.token_ids), completion.finish_reason,
                       ids if self.format.spells(ids, completion.text) else None)
@@ -152,6 +155,13 @@ class LocalEngine(Engine):
                 f"{self.written()}")
 
 
+PROBE = "Hello"
+# Terms of servers for what the engine in this process does: sampling from all tokens with nothing but a temperature, which
+# else follows a server's or a model's defaults; and an end to outputs that repeat themselves.
+PLAIN = {"top_p": 1}
+BEYOND = {"top_k": 0, "min_p": 0, "repetition_penalty": 1, "repeat_penalty": 1, "repetition_detection": ENDLESS}
+
+
 async def refuse_half_answers(response) -> None:
     """Let the client try again, as after a line that was dropped, where an answer is not what was asked for."""
     import httpx2  # the client's own
@@ -170,75 +180,153 @@ async def refuse_half_answers(response) -> None:
 class ServerEngine(Engine):
     """Any OpenAI-compatible server. The key comes from OPENAI_API_KEY alone and is never written anywhere.
 
-    The client tries again, with back-off, after rate limits, failures, half answers and answers that do not
-    come within `timeout` seconds; a request that still gets none ends as "failed: ...". Requests wait in one
-    background thread that never keeps the process from ending.
+    Servers differ in what they know: `_learn` finds it out with one short request before the first real one,
+    and raises UserError for what would give other rows than vLLM in this process. The client tries again, with
+    back-off, after rate limits, failures, half answers and answers that do not come within `timeout` seconds; a
+    request that still gets none ends as "failed: ...". Requests wait in one background thread that never keeps
+    the process from ending.
     """
 
-    def __init__(self, api_base: str, model: str, timeout: float = 600, tries: int = 9) -> None:
+    def __init__(self, api_base: str, model: str, timeout: float = 600, tries: int = 9, max_model_len: int | None = None,
+                 chat_args: dict | None = None) -> None:
         import asyncio
         import threading
 
         import openai
-        self.model, self.tries = model, tries
+        self.api_base, self.model, self.tries, self.longest = api_base, model, tries, max_model_len
         options: dict = {"base_url": api_base, "api_key": os.environ.get("OPENAI_API_KEY", "none")}
-        served = self._served_models(openai.OpenAI(**options, max_retries=0, timeout=10), api_base)
+        asked = openai.OpenAI(**options, max_retries=0, timeout=10)
+        served = self._served_models(asked)
         if model not in served:
             raise UserError(f"{api_base} does not serve '{model}' but {', '.join(served) or 'nothing'}; mend --model")
+        self._check_context(asked, served[model])
+        self._learn(asked.with_options(max_retries=tries - 1, timeout=timeout), chat_args or {})
         self.client = openai.AsyncOpenAI(**options, max_retries=tries - 1, timeout=timeout, http_client=openai.
                                          DefaultAsyncHttpxClient(event_hooks={"response": [refuse_half_answers]}))
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        # As in this process: else a server takes its defaults from the model's generation_config.json.
-        self.extra = ({"repetition_detection": ENDLESS, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
-                      if served[model] == "vllm" else {})
         self.pending: dict = {}
 
-    @staticmethod
-    def _served_models(client, api_base: str) -> dict[str, str | None]:
-        """{model: who owns it} of the models that a server lists."""
+    def _served_models(self, client) -> dict[str, dict]:
+        """{model: what the server says of it} of the models that it lists; some answer with the bare list."""
+        import httpx2  # the client's own
         import openai
         try:
-            return {entry.id: getattr(entry, "owned_by", None) for entry in client.models.list()}
+            listed = client.get("/models", cast_to=httpx2.Response).json()
+            return {entry["id"]: entry for entry in (listed if isinstance(listed, list) else listed["data"])}
         except openai.APIConnectionError:
-            raise UserError(f"no server answers at {api_base}; start one (vllm serve MODEL) or mend --api-base") from None
+            raise UserError(f"no server answers at {self.api_base}; start one (vllm serve MODEL) or mend --api-base") from None
         except openai.APIStatusError as error:
-            raise UserError(f"{api_base} answered {error.status_code} when asked for its models; is it an "
+            raise UserError(f"{self.api_base} answered {error.status_code} when asked for its models; is it an "
                             "OpenAI-compatible server (the address often ends in /v1), is OPENAI_API_KEY right?") from None
         except Exception:  # whatever else listens there does not speak this protocol
-            raise UserError(f"{api_base} does not answer like an OpenAI-compatible server; "
+            raise UserError(f"{self.api_base} does not answer like an OpenAI-compatible server; "
                             "is another program using that port?") from None
+
+    def _check_context(self, client, entry: dict) -> None:
+        """Raise UserError where the server cuts dialogues shorter than --max-model-len, or is an Ollama that samples
+        in a way which requests cannot change. vLLM, llama.cpp and Ollama tell, each in its own place."""
+        import httpx2
+        import openai
+        context, owner = entry.get("max_model_len"), entry.get("owned_by")
+        try:
+            if owner == "llamacpp":
+                context = client.get(urljoin(self.api_base, "/props"), cast_to=httpx2.Response).json()["default_generation_settings"]["n_ctx"]
+            elif owner == "library":
+                shown = client.post(urljoin(self.api_base, "/api/show"), body={"model": self.model}, cast_to=httpx2.Response).json()
+                own = dict(line.split(None, 1) for line in shown.get("parameters", "").splitlines() if " " in line)
+                context = int(own.get("num_ctx", 4096))
+                if (own.get("top_k"), float(own.get("repeat_penalty", 1.1)), float(own.get("min_p", 0))) != ("0", 1, 0):
+                    raise UserError(f"Ollama samples '{self.model}' with its own top_k and repeat_penalty, which requests cannot "
+                                    f"change; serve one made by `ollama create` from a Modelfile with FROM {self.model}, PARAMETER "
+                                    f"top_k 0, PARAMETER repeat_penalty 1, PARAMETER num_ctx {self.longest or 8192}")
+        except (openai.APIError, LookupError, TypeError, ValueError, AttributeError):
+            pass  # another server that calls itself so
+        if self.longest and isinstance(context, int) and context < self.longest:
+            raise UserError(f"{self.api_base} serves '{self.model}' with a context of {context} tokens, less than --max-model-len "
+                            f"{self.longest}; start it with more, or give --max-model-len {context}")
+
+    def _learn(self, client, chat_args: dict) -> None:
+        """Find out with a short request which terms the server knows: whether it gives several completions at once,
+        what it calls the token limit, and which of the fields beyond OpenAI's it takes."""
+        import openai
+        self.limit, self.many = "max_tokens", True
+        self.extra: dict = PLAIN | BEYOND | {"chat_template_kwargs": chat_args or CHAT_ARGS}
+        while True:
+            try:
+                reply = client.chat.completions.create(
+                    model=self.model, messages=[{"role": "user", "content": PROBE}], n=2 if self.many else 1, temperature=1.0,
+                    seed=0, stop=["\nObservation:"], **{self.limit: 16}, extra_body=self.extra)
+                self.many &= len(reply.choices) == 2
+                return
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                self._give_way(" ".join(error.response.text.replace(client.api_key, "...").split()), chat_args)
+            except openai.APIStatusError as error:
+                raise UserError(f"{self.api_base} answered {error.status_code} to a first short request; look at its log") from None
+            except openai.APIConnectionError as error:
+                raise UserError(f"{self.api_base} gave no answer to a first short request ({error.__cause__ or error}); look at "
+                                "its log") from None
+
+    def _give_way(self, refusal: str, chat_args: dict) -> None:
+        """Change the terms after a refusal of the first request; raise UserError where that cannot be."""
+        named = [name for name in self.extra if re.search(rf"\b{name}\b", refusal)]
+        if "max_completion_tokens" in refusal and self.limit == "max_tokens":
+            self.limit = "max_completion_tokens"
+        elif self.many and not named and re.search(r"(?<![\\\w])n\b", refusal):
+            self.many = False
+        elif not self.extra or not named and re.search(r"\b(?:stop|seed|temperature)\b", refusal):
+            raise UserError(f"{self.api_base} refuses a short request of the kind that the stages make: {refusal}")
+        else:
+            lost = named or list(self.extra)
+            if "chat_template_kwargs" in lost and chat_args not in ({}, CHAT_ARGS):
+                raise UserError(f"{self.api_base} takes no chat_template_kwargs, so that --chat-args cannot reach its template: {refusal}")
+            self.extra = {name: value for name, value in self.extra.items() if name not in lost}
 
     @property
     def busy(self) -> bool:
         return bool(self.pending)
 
-    def submit(self, name: object, turns: list[str], *, n: int = 1, regex: str | None = None, **sampling: object) -> None:
+    def submit(self, name: object, turns: list[str], *, n: int = 1, seed: int, **sampling: object) -> None:
         import asyncio
         messages = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
-        extra = self.extra | ({"structured_outputs": {"regex": regex}} if regex else {})  # of vLLM's own, as far as known
-        self.pending[asyncio.run_coroutine_threadsafe(self._complete(
-            messages=messages, n=n, **sampling, extra_body=extra), self.loop)] = name
+        # One by one, the samples have the seeds that vLLM gives those of one request.
+        requests = [(n, seed)] if self.many else [(1, seed + i) for i in range(n)]
+        self.pending[asyncio.run_coroutine_threadsafe(self._all(requests, messages, sampling), self.loop)] = name
 
-    async def _complete(self, **request: object) -> tuple[list[Output], int]:
-        """(completions, tokens of the prompt)"""
+    async def _all(self, requests: list[tuple[int, int]], messages: list[dict], sampling: dict) -> tuple[list[Output], int]:
+        """(completions, tokens of the prompt) of several requests."""
+        import asyncio
+        answers = await asyncio.gather(*(self._complete(messages=messages, n=n, seed=seed, **sampling) for n, seed in requests))
+        return [output for outputs, _ in answers for output in outputs], sum(tokens for _, tokens in answers)
+
+    async def _complete(self, *, n: int, max_tokens: int, regex: str | None = None, **request: object) -> tuple[list[Output], int]:
+        """(completions, tokens of the prompt) of one request. Like the engine in this process it asks for no more
+        tokens than the context has room for."""
         import openai
+        form = {"structured_outputs": {"regex": regex}} if regex else {}  # of vLLM's own, as far as known
+        again = request | {"n": n, "regex": regex}
         try:
-            reply = await self.client.chat.completions.create(model=self.model, **request)
+            reply = await self.client.chat.completions.create(model=self.model, n=n, **{self.limit: max_tokens}, **request,
+                                                              extra_body=self.extra | form)
             tokens_in, tokens = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (0, 0)
-            return [Output(choice.message.content or "", tokens // request["n"], choice.finish_reason)
-                    for choice in reply.choices], tokens_in
+            room = self.longest - tokens_in if self.longest else max_tokens
+            if room < 1:
+                return [Output("", 0, "context")] * n, 0
+            if min(tokens, max_tokens) > room:
+                return await self._complete(max_tokens=room, **again)
+            return [answer(choice, tokens // n) for choice in reply.choices], tokens_in
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if "context" in str(error).lower():
-                return [Output("", 0, "context")] * request["n"], 0
-            if request["extra_body"]:  # not a server of vLLM's
-                return await self._complete(**request | {"extra_body": None})
+            if overflow := context_overflow(str(error)):
+                room = overflow[0] - overflow[1]
+                return await self._complete(max_tokens=room, **again) if 0 < room < max_tokens else ([Output("", 0, "context")] * n, 0)
+            if regex:  # a server that knows no forms
+                return await self._complete(max_tokens=max_tokens, **again | {"regex": None})
             reason = f"the server refused the request: {error}".replace(self.client.api_key, "...")
         except openai.APIStatusError as error:
             reason = f"the server answered {error.status_code}"
         except openai.APIConnectionError as error:
             reason = f"the server gave no answer to {self.tries} tries: {error.__cause__ or error}"
-        return [Output("", 0, f"failed: {reason}")] * request["n"], 0
+        return [Output("", 0, f"failed: {reason}")] * n, 0
 
     def poll(self) -> list[tuple[object, list[Output]]]:
         """The requests that have finished; waits a little for the first, so that callers need no pause of their
@@ -255,10 +343,32 @@ class ServerEngine(Engine):
         return f"{self.tokens_in} tokens of prompts in, {self.written()}"
 
 
+def answer(choice, tokens: int) -> Output:
+    """A server's choice as ours. What a server's parser has put aside as reasoning comes before the answer again,
+    as a model writes it."""
+    message = choice.message
+    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    if reasoning and not message.content and choice.finish_reason == "stop":
+        return Output("", tokens, "failed: the server took the whole answer for reasoning; start it without a reasoning parser, or "
+                      "with the model's own")
+    closing = "\n</think>\n" if message.content else ""
+    return Output((f"<think>\n{reasoning}{closing}" if reasoning else "") + (message.content or ""), tokens, choice.finish_reason)
+
+
+def context_overflow(error: str) -> tuple[int, int] | None:
+    """(the context's length, the prompt's) in tokens as a server reports that a request does not fit; (0, 0) where
+    it gives no figures, None for another error."""
+    if not re.search(r"context|too (?:long|large)|maximum length", error, re.IGNORECASE):
+        return None
+    limit = re.search(r"context (?:length|size|window)\D{0,20}(\d+)", error)
+    prompt = re.search(r"(\d+) (?:tokens )?(?:in|from) the (?:messages|prompt|input)|(\d+) (?:input|prompt) tokens", error)
+    return (int(limit[1]), int(prompt[1] or prompt[2])) if limit and prompt else (0, 0)
+
+
 def make_engine(args: argparse.Namespace) -> Engine:
     """The engine that the options of `add_engine_options` ask for."""
     if args.api_base:
         if args.engine_args:
             raise UserError("--engine-args are for vLLM in this process; with --api-base give them to the server")
-        return ServerEngine(args.api_base, args.model)
-    return LocalEngine(args.model, args.max_model_len, args.seed, args.engine_args)
+        return ServerEngine(args.api_base, args.model, max_model_len=args.max_model_len, chat_args=args.chat_args)
+    return LocalEngine(args.model, args.max_model_len, args.seed, args.engine_args, args.chat_args)

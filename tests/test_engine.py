@@ -252,7 +252,7 @@ def test_a_server_answers_like_the_engine_in_the_process(engine, server):
 def test_a_stage_runs_through_a_server(script, server, tmp_path):
     (tmp_path / "expert.jsonl").write_text(json.dumps(ROW) + "\n")
     done = script("stage1_sample.py", "--api-base", server, "--model", "tiny", "--trajectories", "expert.jsonl",
-                  "--out", "candidates.jsonl", "--n-samples", 2, "--max-tokens", 8, OPENAI_API_KEY="sk-secret")
+                  "--out", "candidates.jsonl", "--n-samples", 2, "--max-tokens", 8, "--max-model-len", 1024, OPENAI_API_KEY="sk-secret")
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, (tmp_path / "candidates.jsonl").read_text().splitlines())
     assert row["key"] == f"{ROW['key']}/step1"
