@@ -958,14 +958,18 @@ def failures_last(results: Iterable, reason: Callable[[object], str], whole: int
             continue
         failed.append(result)
         if len(failed) > whole // 20:
-            raise UserError(f"{len(failed)} of {whole} failed, the last with '{reason(result)}'; what is finished is kept, "
-                            "run the same command again for the rest")
+            cure = ("trying again does not help, mend what it names or leave it out" if reason(result).startswith(PERMANENT) else
+                    "run the same command again for the rest")
+            raise UserError(f"{len(failed)} of {whole} failed, the last with '{reason(result)}'; what is finished is kept, {cure}")
     yield from failed
 
 
+FAILED, PERMANENT = "failed: ", "failed for good: "  # after all tries; trying again does not help
+
+
 def failure(text: str | None) -> str:
-    """The text, such as an episode's end, if it tells of a failure for good, else ""."""
-    return text if text and text.startswith("failed: ") else ""
+    """The text, such as an episode's end, if it tells of a failure, else ""."""
+    return text if text and text.startswith((FAILED, PERMANENT)) else ""
 
 
 def turn_sampling(temperature: float, max_tokens: int) -> dict:

@@ -30,11 +30,13 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import (StageOutput, UserError, digest, duration, failures_last, parse_turn, progress, run_stage,
+from common import (FAILED, PERMANENT, StageOutput, UserError, digest, duration, failures_last, parse_turn, progress, run_stage,
                     settings_of)
-from environments import TABLE, Environment, choose_tasks, file_of, of, replay, task_type, turn_limit
+from environments import TABLE, Environment, choose_tasks, file_of, of, replay, task_type
 from environments.workers import EnvironmentPool
 from stage5_finetune import add_training_options, finetune, save_checkpoint
+
+LONGEST_CONSENT = 200  # characters of an agent's first turn that only agrees to the instruction
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,9 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     expert.add_argument("--tasks", type=int, help="how many training tasks to try, task types taking turns; default: all")
     expert.add_argument("--types", metavar="A,B", help="only these task types; default: all")
     expert.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
-    expert.add_argument("--published", metavar="JSON", help="import expert trajectories from a JSON list of {id or "
-                        "game_file, conversations}")
-    expert.add_argument("--skip-bad", action="store_true", help="with --published: leave out rows that cannot be read")
+    expert.add_argument("--published", metavar="JSON", help="import expert trajectories from a JSON list of {id, "
+                        "item_id or game_file, conversations}")
+    expert.add_argument("--skip-bad", action="store_true", help="with --published: leave out rows that cannot be read or replayed")
     expert.add_argument("--workers", type=int, default=os.cpu_count(), help="environments at once; default: %(default)s")
     expert.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     train = commands.add_parser("train", help="finetune on them")
@@ -103,11 +105,13 @@ def unpack_model(args: argparse.Namespace) -> None:
 # --- Published trajectories ---------------------------------------------------------------------------------------
 
 
-def read_published(path: str, env: str, skip_bad: bool) -> dict[str, list[tuple[str, str]]]:
-    """{task id: [(thought, action), ...]} of a published file (Song et al., 2024).
+def read_published(path: str, env: str, skip_bad: bool) -> dict[str, dict]:
+    """{task id: {"row": its index, "said": what was said before the first action, "turns": [(thought, action), ...]}} of
+    a published file (Song et al., 2024).
 
-    The file is a JSON list of {"id" or "game_file", "conversations": [{"from" or "role", "value" or "content"},
-    ...]}: the instruction, "OK", the task, then the agent's Thought/Action turns and the observations in turn.
+    The file is a JSON list of {"id", "item_id" or "game_file", "conversations": [{"from" or "role", "value" or
+    "content"}, ...]}: the instruction, mostly a word of consent, the task, then the agent's turns and the
+    observations in turn.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -115,14 +119,14 @@ def read_published(path: str, env: str, skip_bad: bool) -> dict[str, list[tuple[
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a JSON list of trajectories, found {type(rows).__name__}")
-    readable: dict[str, list[tuple[str, str]]] = {}
+    readable: dict[str, dict] = {}
     bad = []
     for index, row in enumerate(rows):
         try:
             task = published_task(row, env)
             if task in readable:
-                raise UserError(f"its task {task} came before")
-            readable[task] = published_turns(row)
+                raise UserError(f"its task {task} came before, in row {readable[task]['row']}")
+            readable[task] = {"row": index} | published_turns(row)
         except UserError as error:
             bad.append(f"{path}: row {index}: {error}")
     if bad and not skip_bad:
@@ -132,51 +136,64 @@ def read_published(path: str, env: str, skip_bad: bool) -> dict[str, list[tuple[
     return readable
 
 
-def choose_published(trajectories: dict[str, list], args: argparse.Namespace) -> dict[str, list]:
-    """The trajectories that --types, --tasks and the turn limit leave."""
+def choose_published(trajectories: dict[str, dict], args: argparse.Namespace) -> dict[str, dict]:
+    """The trajectories that --types and --tasks leave. They may be longer than an agent's turn limit."""
     types = args.types.split(",") if args.types else [task_type(task) for task in trajectories]
-    chosen = [task for task in trajectories if task_type(task) in types][:args.tasks]
-    short = [task for task in chosen if len(trajectories[task]) <= turn_limit(task, args.max_turns)]
-    if len(short) < len(chosen):
-        print(f"left out {len(chosen) - len(short)} trajectories that are longer than the turn limit")
-    return {task: trajectories[task] for task in short}
+    return {task: trajectories[task] for task in [task for task in trajectories if task_type(task) in types][:args.tasks]}
 
 
 def published_task(row: object, env: str) -> str:
     """The task id of a published row."""
-    if not isinstance(row, dict) or not str(row.get("game_file", row.get("id", ""))):
-        raise UserError("field 'id' or 'game_file' is missing")
+    if not isinstance(row, dict) or not any(str(row.get(name, "")) for name in ("game_file", "id", "item_id")):
+        raise UserError("field 'id', 'item_id' or 'game_file' is missing")
     return of(env).published_task(row)
 
 
-def published_turns(row: dict) -> list[tuple[str, str]]:
-    """The agent's (thought, action) turns of a published conversation."""
+def published_turns(row: dict) -> dict:
+    """{"said", "turns"} of a published conversation. Every turn of the agent's has an action, but for a first one that
+    consents to the instruction; else a row that cannot be read whole would be learnt in part."""
     conversation = row.get("conversations")
-    if not isinstance(conversation, list) or len(conversation) < 4:
-        raise UserError("field 'conversations' is not a list of at least four turns")
-    turns = []
+    if not isinstance(conversation, list) or len(conversation) < 2:
+        raise UserError("field 'conversations' is not a list of at least two turns")
+    said, turns = [], []
     for place, message in enumerate(conversation):
         text = message.get("value", message.get("content")) if isinstance(message, dict) else None
         role = message.get("from", message.get("role")) if isinstance(message, dict) else None
-        if not isinstance(text, str) or role not in ("human", "user", "gpt", "assistant"):
+        if not isinstance(text, str) or role not in ("system", "human", "user", "gpt", "assistant"):
             raise UserError(f"turn {place} of 'conversations' lacks from/role or value/content")
-        if place >= 3 and role in ("gpt", "assistant"):  # before it: the instruction, "OK", the task
+        if role in ("gpt", "assistant"):
             turn = parse_turn(text)
-            if not turn["action"]:
-                raise UserError(f"turn {place} of 'conversations' has no Action line")
-            turns.append((turn["thought"], turn["action"]))
-    return turns
+            if turn["action"]:
+                turns.append((turn["thought"], turn["action"]))
+            elif place > 2 or turns or len(text) > LONGEST_CONSENT or text.lower().startswith("thought"):
+                raise UserError(f"turn {place} of 'conversations' has no Action line: {text[:60]!r}")
+        elif not turns:
+            said.append(text)
+    if not turns:
+        raise UserError("no turn of 'conversations' has an Action line")
+    return {"said": "\n\n".join(said), "turns": turns}
 
 
 # --- Collecting in parallel ---------------------------------------------------------------------------------------
 
 
-def expert_trajectory(env: Environment, task: str, turns: list[tuple[str, str]] | None, max_turns: int | None, seed: int) -> dict | None:
-    """In a worker: the expert's trajectory for a task, None if it has none; or what became of published
-    turns."""
-    if turns is not None:
-        return replay(env, task, turns, max_turns)
-    return env.expert(task, max_turns, seed)
+def expert_trajectory(env: Environment, task: str, published: dict | None, max_turns: int | None, seed: int) -> dict | None:
+    """In a worker: the expert's trajectory for a task, None if it has none; or what became of published turns.
+    Raises UserError for a published row of another task, or whose episode ends before it does."""
+    if published is None:
+        return env.expert(task, max_turns, seed)
+    row, turns = replay(env, task, published["turns"]), published["turns"]
+    place = f"row {published['row']}"
+    same = env.is_same_task(row["instruction"], published["said"])
+    if same is None:
+        row["note"] = f"{place}: states no task to compare with {task}"
+    elif not same:
+        raise UserError(f"{place}: speaks of another task than {task}, where the environment says '{row['instruction'][-200:]}'")
+    if len(row["steps"]) < len(turns):
+        if row["reward"] < 0.999:
+            raise UserError(f"{place}: its episode ends after {len(row['steps'])} of its {len(turns)} turns, with reward {row['reward']}")
+        row["note"] = f"{place}: {task} is solved after {len(row['steps'])} of its {len(turns)} turns; the rest is left out"
+    return row
 
 
 def expert_trajectories(work: dict, pool: EnvironmentPool, max_turns: int | None, seed: int) -> Iterator[dict]:
@@ -207,7 +224,7 @@ def expert_trajectories(work: dict, pool: EnvironmentPool, max_turns: int | None
             elif kind == "failed" and tries[task] <= 3:
                 waiting.appendleft(task)
             else:
-                yield {"key": task, "row": None, "failed": f"{task}: {payload}"}
+                yield {"key": task, "row": None, "failed": f"{FAILED if kind == 'failed' else PERMANENT}{task}: {payload}"}
             give(worker)
 
 
@@ -221,25 +238,44 @@ def collect(args: argparse.Namespace) -> None:
         work = dict.fromkeys(choose_tasks(args.env, "train", args.types, args.tasks, args.seed))
     inputs = [*of(args.env).FILES, *([args.published] if args.published else [])]  # experts see no prompt
     with StageOutput(args.out, settings_of(args), inputs, [collect, file_of(args.env)]) as output:
-        todo = {task: turns for task, turns in work.items() if task not in output.done}
+        todo = {task: published for task, published in work.items() if task not in output.done}
         with EnvironmentPool(args.env, min(args.workers, len(todo))) as pool:
             results = failures_last(expert_trajectories(todo, pool, args.max_turns, args.seed),
-                                    lambda result: result.get("failed", ""), len(work))
+                                    lambda result: counted_failure(result, args), len(work))
             for result in progress(results, total=len(todo), desc="expert"):
                 output.write(result)
-        rows = [output.done[task]["row"] for task in work if output.done[task]["row"]]
-        failed = [output.done[task]["failed"] for task in work if "failed" in output.done[task]]
+        done = [output.done[task] for task in work]
+        notes = [row["row"].pop("note") for row in done if row["row"] and "note" in row["row"]]
+        rows = [row["row"] for row in done if row["row"]]
+        failed = [row["failed"] for row in done if "failed" in row]
         if not rows:
             raise UserError(f"no expert trajectory reaches the full reward in {len(work)} tasks; "
                             "try other --types, more --tasks or a higher --max-turns")
         output.finish(rows, {"tasks": len(work), "failed": failed})
-    for line in failed:
-        print(f"failed: {line}")
-    steps = sum(len(row["steps"]) for row in rows)
-    refused = sum(not step["accepted"] for row in rows for step in row["steps"])
-    kinds = len({task_type(row["task"]) for row in rows})
-    print(f"{len(rows)} of {len(work)} tasks have an expert trajectory: {kinds} task types, {steps} steps, {refused} of "
-          f"them refused by the environment; {args.out}; {duration(time.time() - started)}")
+    print(*notes, *failed, sep="\n", end="\n" * bool(notes or failed))
+    print(f"{summary(rows, work)}; {args.out}; {duration(time.time() - started)}")
+
+
+def counted_failure(result: dict, args: argparse.Namespace) -> str:
+    """Why a task failed, where that counts. A published row that cannot be used is an error at once, or with
+    --skip-bad left out."""
+    reason = result.get("failed", "")
+    if args.published and reason.startswith(PERMANENT):
+        if not args.skip_bad:
+            raise UserError(f"{args.published}: {reason.removeprefix(PERMANENT).partition(': ')[2]}; --skip-bad leaves such rows out")
+        return ""
+    return reason
+
+
+def summary(rows: list[dict], work: dict) -> str:
+    """What was collected, in figures, and the task types that have no expert."""
+    steps = [step for row in rows for step in row["steps"]]
+    kinds = {task_type(row["task"]) for row in rows}
+    tried = Counter(map(task_type, work))
+    without = ", ".join(f"{kind} (of {tried[kind]})" for kind in sorted(tried) if kind not in kinds)
+    return (f"{len(rows)} of {len(work)} tasks have an expert trajectory: {len(kinds)} task types, {len(steps)} steps, "
+            f"{sum(not step['accepted'] for step in steps)} of them refused by the environment"
+            + (f"; no expert for {without}" if without else ""))
 
 
 def main() -> None:

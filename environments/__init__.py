@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import random
+import re
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -32,6 +33,7 @@ class Environment:
     """One episode at a time. Subclasses define everything that is not defined here."""
 
     FILES: ClassVar[tuple[Path, ...]] = ()  # files that decide how tasks are played, besides the prompt
+    STATEMENT: ClassVar = re.compile(r"Your task is to:?\s+(\S[^\n]*)")  # where an instruction states the task
     PAPER: ClassVar[list[tuple[str, float, float]]] = []  # the paper's results: (method, seen, unseen) in percent
 
     @classmethod
@@ -54,6 +56,14 @@ class Environment:
         row."""
         raise UserError("published trajectories of this environment are not known")
 
+    @classmethod
+    def is_same_task(cls, instruction: str, said: str) -> bool | None:
+        """Whether a text that was published with a trajectory states the task of this instruction; None if it
+        states none."""
+        here, *_ = map(_words, cls.STATEMENT.findall(instruction) or [instruction])
+        there = [_words(statement) for statement in cls.STATEMENT.findall(said)]
+        return any(each[:len(here)] == here or here[:len(each)] == each for each in there) if any(there) else None
+
     def reset(self, task: str) -> str:
         """Begin a task; what the agent is told, the {{ task }} of its prompt. Raises UserError for an unknown
         task."""
@@ -72,6 +82,10 @@ class Environment:
 
     def close(self) -> None:
         """Let go of processes and files."""
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
 
 
 def of(task: str) -> type[Environment]:
@@ -150,15 +164,15 @@ def trajectory_row(task: str, instruction: str, steps: list[dict], reward: float
     return {"key": task, "task": task, "instruction": instruction, "steps": steps, "reward": reward, "source": source}
 
 
-def replay(env: Environment, task: str, turns: list[tuple[str, str]], max_turns: int | None,
+def replay(env: Environment, task: str, turns: list[tuple[str, str]], limit: int | None = None,
            drop_refused: bool = False) -> dict:
-    """Play (thought, action) turns up to the environment's end or the turn limit; a trajectory row.
+    """Play (thought, action) turns up to the environment's end or the limit; a trajectory row.
 
     With drop_refused, turns that are not accepted are left out, and the rest is played again from the start.
     """
     instruction = env.reset(task)
     steps, reward = [], 0.0
-    for thought, action in turns[:turn_limit(task, max_turns)]:
+    for thought, action in turns[:limit]:
         result = env.step(action)
         reward = result.reward
         steps.append(played_step(thought, action, result))
@@ -166,5 +180,5 @@ def replay(env: Environment, task: str, turns: list[tuple[str, str]], max_turns:
             break
     kept = [(step["thought"], step["action"]) for step in steps if step["accepted"]]
     if drop_refused and len(kept) < len(steps):
-        return replay(env, task, kept, max_turns, drop_refused)
+        return replay(env, task, kept, limit, drop_refused)
     return trajectory_row(task, instruction, steps, reward, "published")

@@ -15,7 +15,7 @@ import os
 import random
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +23,9 @@ from common import NO_ACTION, UserError, clean_action
 from environments import Environment, Result, played_step, trajectory_row, turn_limit
 
 FOLDERS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
+TASK_TYPES = ("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep", "pick_heat_then_place_in_recep",
+              "pick_cool_then_place_in_recep", "pick_two_obj_and_place")
+SOLVABLE = re.compile(rb'(?<!\\)"solvable":\s*(\w+)')
 TURNS = 30  # Xiong et al., 2025
 REFUSAL = "Nothing happens."
 
@@ -108,12 +111,14 @@ class AlfWorld(Environment):
 
     @staticmethod
     def published_task(row: dict) -> str:
-        """The path of a row's game."""
-        name = str(row.get("game_file", row.get("id")))
-        found = re.search(r"train/([^/]+)/([^/]+)", name)
+        """The game's path, or TASK_TRIAL; folders above the game's own may have any name."""
+        name = str(row.get("game_file") or row.get("id") or row.get("item_id"))
+        found = re.search(r"(?:([^/]*)/)?([^/_]+_[^/]*-[^/]*-[^/]*-[^/]*-\d+)[/_](trial_T\d+_\d+_\d+|practice_\w+)(?=/|$|\.)", name)
         if not found:
-            raise UserError(f"'{name}' does not name a training game like train/TASK/TRIAL/game.tw-pddl")
-        return task_id("train", *found.groups())
+            raise UserError(f"'{name}' names no game; paths look like train/TASK/TRIAL/game.tw-pddl, ids like TASK_TRIAL")
+        if found[1] in FOLDERS.values() and found[1] != "train":
+            raise UserError(f"'{name}' is a game of {found[1]}, which agents are tested on")
+        return task_id("train", found[2], found[3])
 
     def branch(self, task: str, actions: list[str]) -> tuple[str, list[Result]]:
         """Bring the game of a task to where it is after `actions`; -> (first observation, the result of each
@@ -241,15 +246,38 @@ def task_id(folder: str, name: str, trial: str) -> str:
     return f"alfworld{'-practice' if trial.startswith('practice_') else ''}/{folder}/{name}/{trial}"
 
 
+@functools.cache
 def game_tasks(split: str, root: Path) -> list[str]:
-    """The sorted task ids of a split of the games in `root`. Raises UserError if it has none."""
+    """The sorted task ids of a split of the games in `root`, those that the stock loader plays. Raises UserError if it
+    has none."""
     folder = root / "json_2.1.1" / FOLDERS[split]
     # Games are known by path: the order of files is the file system's, and first observations repeat.
-    tasks = sorted(task_id(*path.parent.parts[-3:]) for path in folder.glob("*/*/game.tw-pddl"))
+    games = {path: why_left_out(path) for path in sorted(folder.glob("*/*/game.tw-pddl"))}
+    if reasons := Counter(filter(None, games.values())):
+        print(f"{folder}: {len(games)} games, {sum(reasons.values())} of them left out, as by ALFWorld's own loader: "
+              f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common())}", file=sys.stderr)
+    tasks = [task_id(*path.parent.parts[-3:]) for path, reason in games.items() if not reason]
     if not tasks:
         raise UserError(f"{folder}: no games of the {split} split; "
                         "run `alfworld-download`, or try `make games` and ALFWORLD_DATA=games/practice")
     return tasks
+
+
+def why_left_out(game: Path) -> str | None:
+    """Why the stock loader does not play a game; None if it does. A game file says at its end whether it can be
+    solved, so that only that is read."""
+    kind = game.parent.parent.name.partition("-")[0]
+    if "movable" in game.parent.parent.name or "Sliced" in game.parent.parent.name:
+        return "with movable receptacles or slices"
+    if kind not in TASK_TYPES:
+        return "of another task type"
+    with open(game, "rb") as file:
+        file.seek(max(0, game.stat().st_size - 4096))
+        said = SOLVABLE.findall(file.read())
+        if not said:
+            file.seek(0)
+            said = SOLVABLE.findall(file.read())
+    return {b"true": None, b"false": "unsolvable"}.get(said[-1] if said else b"", "never checked for a solution")
 
 
 def game_path(root: Path, task: str) -> Path:

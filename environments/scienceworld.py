@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import ClassVar
 
 from common import NO_ACTION, UserError, clean_action, normalise
-from environments import SPLITS, Environment, Result, replay
+from environments import SPLITS, Environment, Result, replay, turn_limit
 
 TASKS = Path(__file__).with_name("scienceworld_tasks.txt")
 SIMPLIFICATIONS = "teleportAction,openDoors,selfWateringFlowerPots,openContainers"  # what the paper's prompt promises
 JAVA_OPTIONS = "-XX:+UnlockExperimentalVMOptions -XX:hashCode=2 -XX:+UseSerialGC -Xmx512m"
+# ETO's numbers of task types, and the parts that AgentGym counts no tasks of.
+ETO_TYPES = ("boil", "change-the-state-of-matter-of", "freeze", "melt", "measure-melting-point-known-substance", "", "use-thermometer",
+             "power-component", "power-component-renewable-vs-nonrenewable-energy", "test-conductivity",
+             "test-conductivity-of-unknown-substances", "find-animal", "find-living-thing", "find-non-living-thing", "find-plant",
+             "grow-fruit", "grow-plant", "chemistry-mix", "chemistry-mix-paint-secondary-color",
+             "chemistry-mix-paint-tertiary-color", "lifespan-longest-lived", "lifespan-longest-lived-then-shortest-lived",
+             "lifespan-shortest-lived", "identify-life-stages-1", "identify-life-stages-2")
+AGENTGYM_WITHOUT = ("5-1", "5-2", "9-1", "9-2", "9-3", "10-1", "10-2")
 NOT_UNDERSTOOD = "No known action matches that input."
 # The simulator understands more than it does: its one-line answers to an action whose conditions are not met.
 UNMET = re.compile(r"(?:Unknown action\.|I'm not sure |It'?s not clear how |You can't |You must disconnect |Something can't be |"
@@ -29,8 +37,9 @@ UNMET = re.compile(r"(?:Unknown action\.|I'm not sure |It'?s not clear how |You 
 
 
 def is_accepted(observation: str) -> bool:
-    """Whether the simulator understood the action that it answered with `observation`, and carried it out."""
-    return not (observation.startswith(NOT_UNDERSTOOD) or UNMET.fullmatch(observation))
+    """Whether the simulator understood the action that it answered with `observation`, and carried it out. Where a
+    name fits several things it asks back, and nothing is done yet."""
+    return not (observation.startswith((NOT_UNDERSTOOD, "Ambiguous request")) or UNMET.fullmatch(observation))
 
 
 @functools.cache
@@ -52,6 +61,23 @@ def task_table() -> dict[str, dict]:
         except (KeyError, IndexError, ValueError):
             raise UserError(f"{TASKS}:{number}: '{line:.40}' is not understood; restore the file with git") from None
     return table
+
+
+@functools.cache
+def agentgym_tasks() -> list[str]:
+    """AgentGym's list of games: all variations of the simulator's tasks, in its order."""
+    env = ScienceWorld()
+    try:
+        kinds = [kind for number, kind in env.env.tasks.items() if number not in AGENTGYM_WITHOUT]
+        return [f"scienceworld/{kind}/{variation}" for kind in kinds for variation in range(env.env.get_max_variations(kind))]
+    finally:
+        env.close()
+
+
+def agentgym_task(number: int) -> str:
+    if number >= len(agentgym_tasks()):
+        raise UserError(f"'sciworld_{number}' is beyond AgentGym's {len(agentgym_tasks())} games")
+    return agentgym_tasks()[number]
 
 
 class ScienceWorld(Environment):
@@ -107,13 +133,16 @@ class ScienceWorld(Environment):
 
     @staticmethod
     def published_task(row: dict) -> str:
-        """A place in the published train split, or a task's id."""
-        name = str(row["id"])
-        if name.isdigit() and int(name) < len(task_table()["train"]):
-            return task_table()["train"][int(name)]
-        if name in task_table()["train"]:
-            return name
-        raise UserError(f"'{name}' is neither a place in the published train split nor a task of it")
+        """The task of ETO's TYPE_VARIATION with the type's number or name, of AgentGym's sciworld_NUMBER, or of a
+        task's id. A number alone is a place in a list that nobody can know."""
+        name = str(row.get("id") or row.get("item_id"))
+        if found := re.fullmatch(r"(?:sci(?:ence)?world[/_])?([a-z0-9-]+)[/_](\d+)", name):
+            kind = ETO_TYPES[int(found[1])] if found[1].isdigit() and int(found[1]) < len(ETO_TYPES) else found[1]
+            if kind in task_table()["limits"]:
+                return f"scienceworld/{kind}/{found[2]}"
+        if found := re.fullmatch(r"sci(?:ence)?world_(\d+)", name):
+            return agentgym_task(int(found[1]))
+        raise UserError(f"'{name}' names no task; ids look like 9_412 (ETO), sciworld_12 (AgentGym) or find-animal_12")
 
     def load(self, task: str, gold_path: bool = False) -> str:
         """Load a task; its description. With `gold_path` the simulator also solves it (2 s and much memory)."""
@@ -164,11 +193,11 @@ class ScienceWorld(Environment):
         things called by the names that the agent has seen, where the simulator knows these. What is not
         accepted is left out: a gold path opens and activates what already is, and pours a bowl into itself."""
         self.load(task, gold_path=True)
-        gold = self.gold_path()
+        gold, limit = self.gold_path(), turn_limit(task, max_turns)
         for actions in (teleporting(gold), gold):  # some tasks need the time that walking spends
-            trajectory = replay(self, task, [("", action) for action in actions], max_turns, drop_refused=True)
+            trajectory = replay(self, task, [("", action) for action in actions], limit, drop_refused=True)
             if trajectory["reward"] >= 0.999:
-                renamed = replay(self, task, [("", action) for action in named_as_seen(self, trajectory)], max_turns)
+                renamed = replay(self, task, [("", action) for action in named_as_seen(self, trajectory)], limit)
                 trajectory = max(renamed, trajectory, key=lambda row: row["reward"])
                 goal = trajectory["instruction"]
                 for t, step in enumerate(trajectory["steps"]):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-from common import Output, UserError, dialogue, stable_seed, turn_of
+from common import FAILED, PERMANENT, Output, UserError, dialogue, stable_seed, turn_of
 from environments import Result, of
 
 MEMORY_OF_A_WORKER = 1024  # MiB at which a worker makes room for a fresh one; ALFWorld's engine keeps 1 MiB a game
@@ -241,7 +241,7 @@ class Scheduler:
         if kind == "user error":
             raise UserError(payload[0])
         if kind == "permanent error":
-            episode.end = f"failed: {payload[0]}"
+            episode.end = f"{PERMANENT}{payload[0]}"
             return True
         if kind == "failed":
             self.replay(worker, payload[0])
@@ -261,7 +261,7 @@ class Scheduler:
         self.pool.restart(worker)
         episode.failures.append(reason)
         if len(episode.failures) > 3:
-            episode.end = f"failed: {reason}"
+            episode.end = f"{FAILED}{reason}"
             return
         if turn:
             episode.forced, episode.steps = [*episode.steps, turn], []

@@ -11,7 +11,8 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from urllib.parse import urljoin
 
-from common import CHAT_ARGS, ENDLESS, ChatFormat, Engine, Output, UserError, bfloat16_is_fast, check_model_folder
+from common import (CHAT_ARGS, ENDLESS, FAILED, PERMANENT, ChatFormat, Engine, Output, UserError, bfloat16_is_fast,
+                    check_model_folder)
 
 
 class LocalEngine(Engine):
@@ -321,12 +322,12 @@ class ServerEngine(Engine):
                 return await self._complete(max_tokens=room, **again) if 0 < room < max_tokens else ([Output("", 0, "context")] * n, 0)
             if regex:  # a server that knows no forms
                 return await self._complete(max_tokens=max_tokens, **again | {"regex": None})
-            reason = f"the server refused the request: {error}".replace(self.client.api_key, "...")
+            reason = f"{PERMANENT}the server refused the request: {error}".replace(self.client.api_key, "...")
         except openai.APIStatusError as error:
-            reason = f"the server answered {error.status_code}"
+            reason = f"{FAILED if error.status_code >= 500 else PERMANENT}the server answered {error.status_code}"
         except openai.APIConnectionError as error:
-            reason = f"the server gave no answer to {self.tries} tries: {error.__cause__ or error}"
-        return [Output("", 0, f"failed: {reason}")] * n, 0
+            reason = f"{FAILED}the server gave no answer to {self.tries} tries: {error.__cause__ or error}"
+        return [Output("", 0, reason)] * n, 0
 
     def poll(self) -> list[tuple[object, list[Output]]]:
         """The requests that have finished; waits a little for the first, so that callers need no pause of their
@@ -349,8 +350,8 @@ def answer(choice, tokens: int) -> Output:
     message = choice.message
     reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     if reasoning and not message.content and choice.finish_reason == "stop":
-        return Output("", tokens, "failed: the server took the whole answer for reasoning; start it without a reasoning parser, or "
-                      "with the model's own")
+        return Output("", tokens, f"{PERMANENT}the server took the whole answer for reasoning; start it without a reasoning parser, "
+                      "or with the model's own")
     closing = "\n</think>\n" if message.content else ""
     return Output((f"<think>\n{reasoning}{closing}" if reasoning else "") + (message.content or ""), tokens, choice.finish_reason)
 

@@ -85,8 +85,8 @@ def test_imported_conversations_are_read_or_refused_by_their_index(tmp_path, row
     path = tmp_path / "published.json"
     path.write_text(json.dumps(rows))
     try:
-        for task, turns in read_published(str(path), env, skip).items():
-            assert task.startswith(f"{env}/") and all(action for _, action in turns)
+        for task, published in read_published(str(path), env, skip).items():
+            assert task.startswith(f"{env}/") and all(action for _, action in published["turns"])
     except UserError as error:
         assert not skip and f"{path}: row " in str(error)
 

@@ -4,11 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
+from common import UserError
 from conftest import LONG, MODEL, ROOT, Server, serve
+from environments.alfworld import AlfWorld
+from environments.scienceworld import ScienceWorld
+from stage0_sft import published_turns
 
 STEP = {"thought": "I look.", "action": "look around", "observation": "a room", "reward": 1.0, "accepted": True}
 ROW = {"key": "scienceworld/find-animal/0", "task": "scienceworld/find-animal/0", "instruction": "Find an animal.",
@@ -281,19 +286,19 @@ def test_a_prompting_baseline_waits_for_a_busy_server_and_keeps_the_key_to_itsel
 PUBLISHED = ("stage0_sft.py", "expert", "--env", "scienceworld", "--published", "published.json", "--out", "out.jsonl")
 
 
-def published(row_id, *agent_turns, role="from", content="value"):
+def published(row_id, *agent_turns, role="from", content="value", task="Your task is to find a(n) animal."):
     """A row as it was published: the instruction, "OK", the task, then the agent's turns and the observations."""
-    turns = [("human", "You are a helpful assistant."), ("gpt", "OK"), ("human", "Your task is to find an animal.")]
+    turns = [("human", "You are a helpful assistant."), ("gpt", "OK"), ("human", task)]
     for turn in agent_turns:
         turns += [("gpt", turn), ("human", "Observation: something")]
     return {"id": row_id, "conversations": [{role: who, content: text} for who, text in turns]}
 
 
-GOOD = published("1", "Thought: I look first.\nAction: look around", "Thought: Then I wait.\nAction: wait1")
+GOOD = published("11_0", "Thought: I look first.\nAction: look around", "Thought: Then I wait.\nAction: wait1")
 
 
 def test_published_trajectories_are_replayed_in_the_environment(script, tmp_path):
-    other = published(2, "Thought: I go.\nAction: teleport to kitchen", role="role", content="content")
+    other = published("15_53", "Thought: I go.\nAction: teleport to kitchen", role="role", content="content", task="Your task is ...")
     write(tmp_path / "published.json", json.dumps([GOOD, other]))
     done = script(*PUBLISHED)
     assert done.returncode == 0, done.stderr
@@ -304,39 +309,76 @@ def test_published_trajectories_are_replayed_in_the_environment(script, tmp_path
     assert first["steps"][0]["observation"].startswith("This room is called")
     assert all(step["accepted"] for step in first["steps"]) and first["steps"][-1]["reward"] == first["reward"] < 1
     assert first["source"] == "published" and first["key"] == first["task"]
+    assert "row 1: states no task to compare with scienceworld/grow-fruit/53" in done.stdout
 
 
 @pytest.mark.parametrize("bad, says", [
-    ({"conversations": GOOD["conversations"]}, "'id' or 'game_file' is missing"),
-    (published("99999", "Action: wait"), "'99999' is neither a place in the published train split nor"),
-    ({"id": "2", "conversations": "none"}, "'conversations' is not a list"),
-    (published("2", "I am lost"), "turn 3 of 'conversations' has no Action line"),
-    (published("2", "Action: wait", role="speaker"), "turn 0 of 'conversations' lacks from/role"),
-    (GOOD, "task scienceworld/find-animal/0 came before"),
-    ("a string", "'id' or 'game_file' is missing")])
-def test_a_published_row_that_cannot_be_read_is_named_by_its_index(refuses, script, tmp_path, bad, says):
+    ({"conversations": GOOD["conversations"]}, "'id', 'item_id' or 'game_file' is missing"),
+    (published("99999", "Action: wait"), "'99999' names no task; ids look like 9_412"),
+    (published("5_0", "Action: wait"), "'5_0' names no task"),
+    ({"id": "11_1", "conversations": "none"}, "'conversations' is not a list"),
+    (published("11_1", "I am lost"), "turn 3 of 'conversations' has no Action line: 'I am lost'"),
+    (published("11_1", "Action: wait", "Thought: Hm."), "turn 5 of 'conversations' has no Action line"),
+    ({"id": "11_1", "conversations": GOOD["conversations"][:3]}, "no turn of 'conversations' has an Action line"),
+    (published("11_1", "Action: wait", role="speaker"), "turn 0 of 'conversations' lacks from/role"),
+    (GOOD, "task scienceworld/find-animal/0 came before, in row 0"),
+    (published("0_5", "Action: wait"), "speaks of another task than scienceworld/boil/5, where the environment says"),
+    (published("11_1", "Action: focus on air", "Action: wait"), "its episode ends after 1 of its 2 turns"),
+    (published("11_99999", "Action: wait"), "unknown ScienceWorld task 'scienceworld/find-animal/99999'"),
+    ("a string", "'id', 'item_id' or 'game_file' is missing")])
+def test_a_published_row_that_cannot_be_used_is_named_by_its_index(refuses, script, tmp_path, bad, says):
     write(tmp_path / "published.json", json.dumps([GOOD, bad]))
     message = refuses(*PUBLISHED)
-    assert "published.json: row 1: " in message and says in message and "--skip-bad" in message
+    assert "published.json: " in message and says in message and "--skip-bad" in message
+    assert "row 1: " in message or "99999" in message
+    done = script(*PUBLISHED, "--skip-bad")
+    assert done.returncode == 0 and says in done.stdout
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
 
-def test_what_is_imported_is_chosen_like_what_is_collected(script, tmp_path):
-    other = published("2", "Thought: I go.\nAction: teleport to kitchen")
-    write(tmp_path / "published.json", json.dumps([other, GOOD, GOOD | {"id": "21"}]))
-    done = script(*PUBLISHED, "--types", "find-living-thing,find-animal", "--max-turns", 1)
-    assert done.returncode == 2 and "left out 2 trajectories that are longer than the turn limit" in done.stdout
+def test_what_is_imported_is_chosen_like_what_is_collected_and_may_be_longer_than_the_turn_limit(script, tmp_path):
+    other = published("15_53", "Thought: I go.\nAction: teleport to kitchen", task="")
+    long = published("11_2", *["Action: wait1"] * 17)
+    write(tmp_path / "published.json", json.dumps([other, long, GOOD]))
     done = script(*PUBLISHED, "--types", "find-living-thing,find-animal", "--tasks", 1)
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
-    assert row["task"] == "scienceworld/find-animal/0"
+    assert row["task"] == "scienceworld/find-animal/2" and len(row["steps"]) == 17  # the limit is 15
 
 
-def test_skip_bad_leaves_out_what_cannot_be_read_and_says_so(script, tmp_path):
-    write(tmp_path / "published.json", json.dumps([{"id": "7"}, GOOD]))
-    done = script(*PUBLISHED, "--skip-bad")
-    assert done.returncode == 0, done.stderr
-    assert "skipped published.json: row 0: " in done.stdout
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+def conversation(*turns):
+    return {"id": "11_0", "conversations": [{"from": "human" if i % 2 == 0 else "gpt", "value": turn} for i, turn in enumerate(turns)]}
+
+
+@pytest.mark.parametrize("turns, actions, said", [
+    (("Rules.\nYour task is to x.", "Action: a", "Observation: o", "Action: b"), ["a", "b"], "Rules.\nYour task is to x."),
+    (("Rules.", "OK. I'll follow your instructions.", "The task.", "Thought:\nt\n\nAction:\na", "o", "ACTION: b"), ["a", "b"],
+     "Rules.\n\nThe task."),
+])
+def test_every_turn_of_the_agents_is_read_whatever_comes_before_the_first(turns, actions, said):
+    read = published_turns(conversation(*turns))
+    assert [action for _, action in read["turns"]] == actions and read["said"] == said
+
+
+@pytest.mark.parametrize("environment, row, task", [
+    (ScienceWorld, {"id": "9_412"}, "scienceworld/test-conductivity/412"),
+    (ScienceWorld, {"id": "24_7"}, "scienceworld/identify-life-stages-2/7"),
+    (ScienceWorld, {"id": "scienceworld/find-animal/12"}, "scienceworld/find-animal/12"),
+    (ScienceWorld, {"item_id": "sciworld_12"}, "scienceworld/boil/12"),
+    (AlfWorld, {"id": "alfworld_0", "game_file": "/home/me/train/data/json_2.1.1/train/GAME"}, "alfworld/train/GAME"),
+    (AlfWorld, {"game_file": "/data/pretrain/alfworld/json_2.1.1/train/GAME/game.tw-pddl"}, "alfworld/train/GAME"),
+    (AlfWorld, {"item_id": "ITEM"}, "alfworld/train/GAME"),
+])
+def test_ids_of_published_files_name_their_tasks(environment, row, task, monkeypatch):
+    monkeypatch.setattr("environments.alfworld.games_root", lambda: Path("/games"))
+    game = ("pick_and_place_simple-AlarmClock-None-Desk-307", "trial_T20190907_072329_828593")
+    named = {name: text.replace("GAME", "/".join(game)).replace("ITEM", "_".join(game)) for name, text in row.items()}
+    assert environment.published_task(named) == task.replace("GAME", "/".join(game))
+
+
+def test_a_published_row_of_a_test_game_is_refused():
+    with pytest.raises(UserError, match="is a game of valid_seen, which agents are tested on"):
+        AlfWorld.published_task({"game_file": "valid_seen/look_at_obj_in_light-CD-None-DeskLamp-1/trial_T20190907_072329_828593"})
 
 
 # --- Finetuning ---------------------------------------------------------------------------------------------------
