@@ -29,6 +29,8 @@ SHELL := /bin/bash
 #: TEST_TASKS     so many test tasks a split; empty: all
 #: MAX_TURNS      a turn limit below the published ones
 #: PUBLISHED      a published expert file to import instead of collecting experts
+#: SWITCH         better: a rollout of more reward replaces the expert's actions (ALFWorld's default; no collected expert can be
+#:                beaten so); shorter: also one of as much in fewer steps; empty: none does
 #: N              actions sampled a step
 #: TEMPERATURE    of samples and rollouts
 #: EPOCHS         three numbers: of SFT, of the first iteration, of each later one
@@ -56,16 +58,16 @@ TEMPERATURE ?= 0.5
 endif
 ifeq ($(PROFILE),laptop)
 ITERS ?= 2
-N ?= 3
+N ?= 2
 ATTEMPTS ?= 1
 LEARNING_RATE ?= 2e-3
 BATCH_SIZE ?= 1
 LORA_RANK ?= 16
-MAX_TOKENS ?= 192
+MAX_TOKENS ?= 160
 ifeq ($(ENV),scienceworld)
 TYPES ?= find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived
 TASKS ?= 5
-TEST_TASKS ?= 5
+TEST_TASKS ?= 4
 MAX_TURNS ?= 8
 else
 TASKS ?= 6
@@ -137,7 +139,11 @@ ifneq ($(ALFWORLD_DATA),)
 export ALFWORLD_DATA
 endif
 PRACTICE := $(if $(findstring practice,$(ALFWORLD_DATA)),-practice)
-SWITCH := --expert-switch
+SWITCH ?= better
+endif
+# In the name: a second model must not overwrite the first, and the paper's experts are published ones.
+ifeq ($(PROFILE),paper)
+RUN ?= paper-$(notdir $(strip $(MODEL)))-$(ENV)$(PRACTICE)$(if $(strip $(PUBLISHED)),,-collected)
 endif
 RUN ?= $(PROFILE)-$(ENV)$(PRACTICE)
 
@@ -205,12 +211,12 @@ SELECT = $(addprefix --types ,$(strip $(TYPES))) $(addprefix --max-turns ,$(stri
 CONTEXT = $(addprefix --max-model-len ,$(strip $(MAX_MODEL_LEN))) $(if $(strip $(CHAT_ARGS)),--chat-args '$(strip $(CHAT_ARGS))')
 SAMPLING = --temperature $(strip $(TEMPERATURE)) --max-tokens $(strip $(MAX_TOKENS)) --seed $(strip $(SEED)) $(CONTEXT)
 EXPERT = --env $(strip $(ENV)) $(addprefix --tasks ,$(strip $(TASKS))) $(SELECT) $(addprefix --published ,$(strip $(PUBLISHED)))
-TRAIN = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH_SIZE)) --lora-rank $(strip $(LORA_RANK)) --seed $(strip $(SEED)) $(CONTEXT)
+TRAIN = --learning-rate $(strip $(LEARNING_RATE)) --batch-size $(strip $(BATCH_SIZE)) --lora-rank $(strip $(LORA_RANK)) $(if $(SMALL_MODEL),--warm-up 0.1) --seed $(strip $(SEED)) $(CONTEXT)
 SAMPLE = --n-samples $(strip $(N)) $(SAMPLING)
 ROLLOUT = $(SAMPLING) $(addprefix --max-turns ,$(strip $(MAX_TURNS))) $(if $(SMALL_MODEL),--small-model)
 ASK = --model $(strip $(CRITIC)) --attempts $(strip $(ATTEMPTS)) --seed $(strip $(SEED)) $(CONTEXT)
 SMALL = $(if $(filter recover-only,$(VARIANT)),--recover-only,$(if $(SMALL_MODEL),--small-model))
-SYNTHESIZE = $(ASK) $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(SWITCH) $(SMALL)))
+SYNTHESIZE = $(ASK) $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(addprefix --expert-switch ,$(strip $(SWITCH))) $(SMALL)))
 EVALUATE = --env $(strip $(ENV)) $(addprefix --tasks ,$(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS)) $(CONTEXT)
 ENGINE = --max-live $(strip $(MAX_LIVE)) $(if $(strip $(ENGINE_ARGS)),--engine-args '$(strip $(ENGINE_ARGS))')
 

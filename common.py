@@ -710,13 +710,14 @@ def agent_turn(step: dict) -> str:
 def dialogue(task: str, instruction: str, steps: list[dict], example: dict | None = None) -> list[str]:
     """The history h_t as alternating user and assistant turns; the first one is the environment's prompt.
 
-    An example is a whole trajectory that is shown before the task, as prompted agents are given one.
+    An example is a whole trajectory that prompted agents are shown in the first turn, before the task (section
+    5.2).
     """
-    if example:
-        shown = dialogue(task, example["instruction"], example["steps"])
-        return [*shown[:-1], f"{shown[-1]}\n\nThat task is done. Here is the next one.\n{instruction}", *turns_of(steps)]
-    prompt = fill(read_prompt(label_of(task)), prompt_path(label_of(task)), {"task": instruction})
-    return [prompt, *turns_of(steps)]
+    text, path = read_prompt(label_of(task)), prompt_path(label_of(task))
+    shown = "\n".join([example["instruction"], *turns_of(example["steps"])[:-1]]) if example else ""
+    if example and "example" not in text:
+        raise UserError(f"{path}: has no place for an example; write {{{{ example }}}} before the task, or leave out --example")
+    return [fill(text, path, {"task": instruction, "example": shown}), *turns_of(steps)]
 
 
 def turns_of(steps: list[dict]) -> list[str]:

@@ -35,13 +35,14 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import median, stdev
 
 from common import (PACKAGES, ROOT, Candidates, Critique, Episode, Rollout, StageOutput, Trajectory, UserError,
                     add_engine_options, code_digest, digest, duration, failure, failures_last, fraction, label_of,
                     normalise, progress, read_rows, relative, run_stage, settings_of, sidecar, sidecar_path,
                     turn_sampling, version, writing)
 from environments import SPLITS, TABLE, choose_tasks, file_of, files_of, of, read_trajectories, task_type, turn_limit
-from environments.workers import EnvironmentPool, Playing, play
+from environments.workers import EnvironmentPool, Playing, add_workers_option, play, workers_of
 from prompts.engine import make_engine
 
 TEST_SPLITS = ("seen", "unseen")
@@ -79,13 +80,14 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--tasks", type=int, help="how many tasks of a split, task types taking turns; default: all")
     run.add_argument("--types", metavar="A,B", help="only these task types; default: all")
     run.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
-    run.add_argument("--example", metavar="JSONL", help="show an expert trajectory of this file in the prompt: the "
-                     "first of the task's type, else the first of all")
+    run.add_argument("--example", metavar="JSONL", help="show an expert trajectory of this file in the prompt: the first, in "
+                     "ALFWorld the first of the task's type")
     run.add_argument("--best-of", type=int, default=1, metavar="K", help="play each task K times and keep the best "
                      "reward (the environment judges: an upper bound for any judge); use it with --temperature 1")
     run.add_argument("--no-deliberation", action="store_true", help="hold every turn to a line of thought that is no list "
                      "of actions: with the weights the same, what is deliberating itself worth?")
     add_engine_options(run, model="the policy to evaluate", temperature=0.0, max_tokens=512)
+    add_workers_option(run)
 
 
 # --- The paper's measures, one function each ----------------------------------------------------------------------
@@ -190,7 +192,9 @@ def best_of(tries: list[dict], task: str) -> dict:
 
 
 def choose_example(task: str, experts: list[dict]) -> dict:
-    return next((row for row in experts if task_type(row["task"]) == task_type(task)), experts[0])
+    """The first expert, or where the environment's prompts show one for each task type, the first of the task's."""
+    own = (row for row in experts if not of(task).EXAMPLE_PER_TYPE or task_type(row["task"]) == task_type(task))
+    return next(own, experts[0])
 
 
 def chosen_tasks(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -224,7 +228,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 for split in tasks for task in tasks[split] for n in range(args.best_of)
                 if f"{split}/{task}/try{n}" not in outputs[split].done}
         if todo:
-            pool = stack.enter_context(EnvironmentPool(args.env, min(args.max_live, len(todo))))
+            pool = stack.enter_context(EnvironmentPool(args.env, workers_of(args, len(todo))))
             engine = make_engine(args)
             sampling = turn_sampling(args.temperature, args.max_tokens) | ({"regex": AT_ONCE} if args.no_deliberation else {})
             episodes = failures_last(play(todo, engine, pool, sampling, args.seed), lambda episode: failure(episode.end),
@@ -399,9 +403,9 @@ def band_section(rates: dict[str, dict[str, list[float]]] | None) -> list[str]:
     if rates is None:
         return [*lines, "Not drawn: the bands are tertiles of the base model's reward on the unseen split, and either ties "
                 "leave a band empty or the base or SAND-1 has not been evaluated.", ""]
-    return [*lines, "![figure 4](figure4.png)", "", *table(
+    return [*lines, "![figure 4](figure4.png)", "", "Medians, as the paper quotes them, and means.", "", *table(
         ["model", "hard", "medium", "easy"],
-        ([name, *(f"{mean(values):.2f} (n={len(values)})" for values in bands.values())]
+        ([name, *(f"{median(values):.2f}, {mean(values):.2f} (n={len(values)})" for values in bands.values())]
          for name, bands in rates.items()))]
 
 
@@ -488,7 +492,7 @@ def iteration_files(folder: Path, name: str) -> list[Path]:
 def stage_section(folder: Path) -> list[str]:
     """What the stages counted: flagged steps, templates in place of critiques, steps that deliberate in the
     training data."""
-    rows = []
+    rows, reasons = [], []
     for path in iteration_files(folder, "deliberations.jsonl"):
         iteration = path.parent
         if not ((iteration / "candidates.jsonl").exists() and (iteration / "critiques.jsonl").exists()):
@@ -499,12 +503,32 @@ def stage_section(folder: Path) -> list[str]:
         said = sidecar(path).get("counts", {})
         rows.append([iteration.name, fraction(sum(row["flagged"] for row in candidates), len(candidates)),
                      Path(sidecar(iteration / "critiques.jsonl").get("settings", {}).get("model", "unknown")).name,
+                     fraction(sum(bool(row["draft_errors"]) and not row["used_template"] for row in critiques), len(critiques)),
                      fraction(sum(row["used_template"] for row in critiques), len(critiques)),
+                     fraction(said["retried"], said["drafted"]) if said else "unknown",
                      fraction(said["no draft of use"], said["drafted"]) if said else "unknown",
                      fraction(sum("candidates" in step for step in steps), len(steps))])
+        reasons.append([iteration.name, counted(row_error for row in critiques for row_error in row["draft_errors"]),
+                        counted(Counter(said.get("draft errors", {})).elements())])
     return ["## What the stages did", "", *table(
-        ["iteration", "steps flagged", "critic", "critiques from the template", "deliberations without a draft of use",
-         "training steps that deliberate"], rows)] if rows else []
+        ["iteration", "steps flagged", "critic", "critiques retried", "from the template", "deliberations retried",
+         "without a draft of use", "training steps that deliberate"], rows), "Why drafts were not used:", "", *table(
+        ["iteration", "critiques", "deliberations"], reasons)] if rows else []
+
+
+def counted(reasons: Iterable[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common()) or "none"
+
+
+def expert_section(folder: Path) -> list[str]:
+    """Where the experts come from: collected ones have thoughts from templates, which the paper's have not."""
+    if not (folder / "expert.jsonl").exists():
+        return []
+    sources = Counter(row["source"] for row in read_rows(folder / "expert.jsonl", Trajectory))
+    text = ", ".join(f"{count} {source}" for source, count in sources.most_common())
+    collected = "" if set(sources) == {"published"} else (" They were collected here, with thoughts from templates; the paper's "
+                                                          "are published trajectories (`PUBLISHED`).")
+    return [f"Expert trajectories: {text}.{collected}", ""]
 
 
 def training_section(models: dict, folder: Path) -> list[str]:
@@ -533,8 +557,8 @@ def report(folder: Path) -> None:
     models = evaluations(folder)
     env = label_of(next(iter(models.values()))["seen"][0]["task"])
     lines = [f"# {folder.name} ({env})", ""]
-    rewarded, counted, rates = reward_section(models), stage_section(folder), band_rates(models)
-    lines += rewarded + quoted_section(env) + training_section(models, folder) + counted
+    rewarded, stages, rates = reward_section(models), stage_section(folder), band_rates(models)
+    lines += rewarded + quoted_section(env) + expert_section(folder) + training_section(models, folder) + stages
     lines += step_section(models) + band_section(rates) + token_section(models)
     lines += type_section(models) + ending_section(models) + calibration_section(models, folder)
     lines += source_section(models, folder)
@@ -545,7 +569,7 @@ def report(folder: Path) -> None:
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
     with writing(folder / "report.md") as file:
         file.write("\n".join(lines).rstrip() + "\n")
-    print("\n".join(rewarded + counted))
+    print("\n".join(rewarded + stages))
     print(f"{folder / 'report.md'} has more")
 
 
@@ -632,10 +656,23 @@ def compare(folders: list[Path]) -> None:
                          over_seeds([mean(mean(rewards(splits, split)) for split in TEST_SPLITS) for splits in having])])
     print("Average rewards; mean ± standard deviation over seeds.\n")
     print("\n".join(table(["run", "model", "seeds", *TEST_SPLITS, "average"], rows)).rstrip())
+    print("\n".join(across_environments([models for runs in groups.values() for models in runs])).rstrip())
+
+
+def across_environments(runs: list[dict]) -> list[str]:
+    """Table 2 for runs in different environments, one each: both splits of each, and the average of them all."""
+    by_env = {label_of(both(next(iter(models.values())))[0]["task"]): models for models in runs}
+    if len(by_env) < 2 or len(by_env) < len(runs):
+        return []
+    names = [name for name in next(iter(by_env.values())) if all(name in models for models in by_env.values())]
+    columns = [(env, split) for env in by_env for split in TEST_SPLITS]
+    values = {name: [mean(rewards(by_env[env][name], split)) for env, split in columns] for name in names}
+    return ["", "Across environments (table 2).", "", *table(
+        ["model", *(f"{env} {split}" for env, split in columns), "average"],
+        ([name, *(f"{value:.3f}" for value in values[name]), f"{mean(values[name]):.3f}"] for name in names))]
 
 
 def over_seeds(values: list[float]) -> str:
-    from statistics import stdev
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 

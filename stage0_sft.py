@@ -191,7 +191,8 @@ def expert_trajectory(env: Environment, task: str, published: dict | None, max_t
         raise UserError(f"{place}: speaks of another task than {task}, where the environment says '{row['instruction'][-200:]}'")
     if len(row["steps"]) < len(turns):
         if row["reward"] < 0.999:
-            raise UserError(f"{place}: its episode ends after {len(row['steps'])} of its {len(turns)} turns, with reward {row['reward']}")
+            raise UserError(f"{place}: its episode ends after {len(row['steps'])} of its {len(turns)} turns, with reward "
+                            f"{row['reward']}")
         row["note"] = f"{place}: {task} is solved after {len(row['steps'])} of its {len(turns)} turns; the rest is left out"
     return row
 
@@ -262,7 +263,8 @@ def counted_failure(result: dict, args: argparse.Namespace) -> str:
     reason = result.get("failed", "")
     if args.published and reason.startswith(PERMANENT):
         if not args.skip_bad:
-            raise UserError(f"{args.published}: {reason.removeprefix(PERMANENT).partition(': ')[2]}; --skip-bad leaves such rows out")
+            reason = reason.removeprefix(PERMANENT).partition(": ")[2]
+            raise UserError(f"{args.published}: {reason}; --skip-bad leaves such rows out")
         return ""
     return reason
 

@@ -22,7 +22,7 @@ import time
 from common import (Output, StageOutput, add_engine_options, dialogue, duration, failure, failures_last, fraction,
                     generate, label_of, normalise, progress, prompt_path, run_stage, settings_of, stable_seed,
                     turn_of, turn_sampling)
-from environments import read_trajectories
+from environments import read_trajectories, turn_limit
 from prompts.engine import make_engine
 
 
@@ -72,7 +72,9 @@ def sample(args: argparse.Namespace) -> None:
     """Sample N actions at every step of every trajectory."""
     started = time.time()
     trajectories = read_trajectories(args.trajectories)
-    steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories for t in range(1, len(row["steps"]) + 1)}
+    # A published trajectory may be longer than an agent's turn limit: what comes after it nobody has to decide.
+    steps = {f"{row['key']}/step{t}": (row, t) for row in trajectories
+             for t in range(1, min(len(row["steps"]), turn_limit(row["task"])) + 1)}
     inputs = [args.trajectories, args.model, prompt_path(label_of(trajectories[0]["task"]))]
     with StageOutput(args.out, settings_of(args), inputs, [sample]) as output:
         todo = [key for key in steps if key not in output.done]  # in order: each step finds its history in the prefix cache

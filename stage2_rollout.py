@@ -26,7 +26,7 @@ import time
 from common import (Candidates, StageOutput, UserError, add_engine_options, check_model, duration, failure,
                     failures_last, fraction, label_of, progress, read_rows, run_stage, settings_of, turn_sampling)
 from environments import file_of, files_of, read_trajectories, turn_limit
-from environments.workers import EnvironmentPool, Playing, play
+from environments.workers import EnvironmentPool, Playing, add_workers_option, play, workers_of
 from prompts.base_model import small_model
 from prompts.engine import make_engine
 
@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--small-model", action="store_true", help="let the policy try on where the candidate is refused, "
                         "up to four times, for stage 4 to show (prompts/small_model.py)")
     add_engine_options(parser, model="the current policy", temperature=1.0, max_tokens=512)
+    add_workers_option(parser)
     return parser.parse_args()
 
 
@@ -123,7 +124,7 @@ def roll_out(args: argparse.Namespace) -> None:
         todo = [episode_of(key) for key, (row, place) in work.items()
                 if not row["candidates"][place]["from_expert"] and key not in output.done]
         if todo:
-            with EnvironmentPool(label, min(args.max_live, len(todo))) as pool:
+            with EnvironmentPool(label, workers_of(args, len(todo))) as pool:
                 engine = make_engine(args)
                 played = failures_last(play(todo, engine, pool, turn_sampling(args.temperature, args.max_tokens), args.seed),
                                        lambda episode: failure(episode.end), len(work))

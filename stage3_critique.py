@@ -34,8 +34,8 @@ TAG = re.compile(r"Action Evaluation\s*[:：]", re.IGNORECASE)
 POSSIBLE = re.compile(r"\bis (?:also |indeed |quite )?(?:possible|valid|feasible)\b", re.IGNORECASE)
 IMPOSSIBLE = re.compile(r"\bis (?:not|never) (?:possible|valid|feasible)\b|\bis (?:impossible|invalid)\b", re.IGNORECASE)
 # "I will now go to the outside." acts; "I will not find it there" and "I will lose a turn, since ..." judge.
-ACTS = re.compile(r"(?:(?:now|next|first|then|so),? )?(?:I will|I'll|I shall|I am going to|I'm going to|let me|let us|let's) (?!not |never |"
-                  r"likely |probably |be |have |find |need |get |lose |gain |waste |miss )[^,;:]*", re.IGNORECASE)
+ACTS = re.compile(r"(?:(?:now|next|first|then|so),? )?(?:I will|I'll|I shall|I am going to|I'm going to|let me|let us|let's) "
+                  r"(?!not |never |likely |probably |be |have |find |need |get |lose |gain |waste |miss )[^,;:]*", re.IGNORECASE)
 FINITE = re.compile(r"\b(?:is|are|was|were|would|will|may|might|can|could|should|must|do|does|did|has|have|had|seems?|appears?|"
                     r"makes?|helps?|leads?|brings?|gives?|gets?|wastes?|takes me|moves me)\b|n['’]t\b", re.IGNORECASE)
 
@@ -173,11 +173,13 @@ def critique(args: argparse.Namespace) -> None:
             output.write(critique_row(rollout, text, errors))
         rows = [output.done[key] for key in rollouts]
         templates = sum(row["used_template"] for row in rows)
+        retried = sum(bool(row["draft_errors"]) for row in rows) - (templates if args.attempts else 0)
         reasons = Counter(reason for row in rows for reason in row["draft_errors"])
-        output.finish(rows, {"templates": templates, "draft errors": reasons})
+        output.finish(rows, {"retried": retried, "templates": templates, "draft errors": reasons})
     if engine:
         print(engine.usage())
-    print(f"{len(rows)} critiques, {fraction(templates, len(rows))} from the template; drafts not used: "
+    print(f"{len(rows)} critiques, {fraction(retried, len(rows))} drafted again with success, {fraction(templates, len(rows))} from "
+          "the template; drafts not used: "
           f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; {args.out}; "
           f"{duration(time.time() - started)}")
 

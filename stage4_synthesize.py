@@ -28,13 +28,13 @@ import re
 import time
 from collections import Counter
 
-from common import (BULLET, THOUGHT_TAG, Candidates, Critique, Output, Rollout, StageOutput, UserError, add_engine_options,
+from common import (THOUGHT_TAG, Candidates, Critique, Output, Rollout, StageOutput, UserError, add_engine_options,
                     check_model, dialogue, duration, failure, failures_last, fraction, listed_candidates, normalise, parse_turn,
-                    progress, prompt_path, read_rows, run_stage, settings_of, stable_seed, unmarked, with_candidates,
+                    progress, prompt_path, read_rows, run_stage, settings_of, stable_seed, with_candidates,
                     without_thinking)
 from environments import read_trajectories
-from prompts.base_model import (copies, draft_sampling, drafts, fill_dialogue, leak_in, repeats_itself, steps_text,
-                                small_model, without_names)
+from prompts.base_model import (copies, draft_sampling, drafts, fill_dialogue, leak_in, plain_bullets, repeats_itself,
+                                small_model, steps_text, without_names)
 from prompts.engine import make_engine
 
 
@@ -47,8 +47,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rollouts", metavar="JSONL", help="what stage 2 wrote")
     parser.add_argument("--critiques", metavar="JSONL", help="what stage 3 wrote; default: candidates are not judged")
     parser.add_argument("--out", required=True, metavar="JSONL")
-    parser.add_argument("--expert-switch", action="store_true", help="let better rollouts replace the expert's actions "
-                        "(collected experts all reach the full reward; published ones may not)")
+    parser.add_argument("--expert-switch", choices=("better", "shorter"), help="let rollouts replace the expert's actions: of "
+                        "more reward (collected experts all have the full one), or shorter: also of as much in fewer steps")
     parser.add_argument("--attempts", type=int, default=3, help="drafts before a step keeps its old thought; 0 asks no model; "
                         "default: %(default)s")
     small = parser.add_argument_group("for small models only (prompts/small_model.py)")
@@ -68,13 +68,17 @@ def parse_arguments() -> argparse.Namespace:
 # --- The expert switch --------------------------------------------------------------------------------------------
 
 
-def switch_expert(trajectory: dict, rollouts: list[dict]) -> dict:
-    """The trajectory, or from the first step on where a rollout's reward beats the expert's, the best such
-    rollout."""
-    better = [row for row in rollouts if row["reward"] > trajectory["reward"] and not failure(row["end"])]
+def switch_expert(trajectory: dict, rollouts: list[dict], how: str) -> dict:
+    """The trajectory, or from the first step on where a rollout beats the expert, the best such rollout. It beats with
+    more reward, and if `how` is "shorter" with as much in fewer steps, too."""
+    def worth(row: dict) -> tuple:
+        return row["reward"], -sum(step["accepted"] for step in row["steps"]) if how == "shorter" else 0
+
+    better = [row for row in rollouts if row["candidate"] and not failure(row["end"])
+              and worth(row) > (trajectory["reward"], -row["expert_steps_left"] if how == "shorter" else 0)]
     if not better:
         return trajectory
-    best = min(better, key=lambda row: (row["step"], -row["reward"]))
+    best = min(better, key=lambda row: (row["step"], *(-value for value in worth(row))))
     # What was refused changed nothing and is not to be learnt.
     continuation = [step for step in best["steps"] if step["accepted"]]
     return trajectory | {"steps": trajectory["steps"][:best["step"] - 1] + continuation, "reward": best["reward"],
@@ -146,12 +150,6 @@ def lists_its_candidates(thought: str, item: dict) -> bool:
     if item["candidates"] is None:
         return normalise(item["action"]) in listed and len(listed) > 1
     return listed == {normalise(row["action"]) for row in item["candidates"]}
-
-
-def plain_bullets(text: str) -> str:
-    """The text with its bullets as in figure 6, `- <action>: <judgement>`: models number them, and set actions in
-    bold, back-ticks or angle brackets."""
-    return BULLET.sub(lambda found: f"- {unmarked(found[1])}: {found[2]}", text.replace("**", ""))
 
 
 def final_action(turn: dict) -> str:
@@ -229,7 +227,7 @@ def plan(args: argparse.Namespace) -> tuple[list[dict], dict[str, dict]]:
         rows, rolled, judged = (rows.get(row["task"], []) for rows in (candidates, rollouts, critiques))
         if args.critiques:
             check_critiques(args, rows, rolled, judged)
-        row = switch_expert(row, rolled) if args.expert_switch else row
+        row = switch_expert(row, rolled, args.expert_switch) if args.expert_switch else row
         trajectories.append(row)
         planned = plan_proposals(row) if args.propose else plan_steps(row, rows, judged, args.seed)
         items += small_model().plan(planned, rolled, args.seed) if args.small_model else planned
@@ -261,7 +259,8 @@ def synthesize(args: argparse.Namespace) -> None:
         for item, draft in zip(items.values(), written, strict=True):
             finish_step(item, draft, args)
         steps = [step for row in trajectories for step in row["steps"]]
-        counts = {"drafted": len(items), "no draft of use": sum(row["thought"] is None for row in written),
+        counts = {"drafted": len(items), "retried": sum(bool(row["thought"] and row["draft_errors"]) for row in written),
+                  "no draft of use": sum(row["thought"] is None for row in written),
                   "draft errors": Counter(reason for row in written for reason in row["draft_errors"]),
                   "switched": sum("replaced_from" in row for row in trajectories),
                   "deliberating steps": sum("candidates" in step for step in steps),
@@ -286,7 +285,8 @@ def finish_step(item: dict, draft: dict, args: argparse.Namespace) -> None:
 def summary(counts: dict, steps: int, args: argparse.Namespace) -> str:
     errors = ", ".join(f"{count} {reason}" for reason, count in counts["draft errors"].most_common()) or "none"
     without = "put together from verdicts" if args.small_model else "kept their thought"
-    return (f"{counts['drafted']} steps to deliberate at, {fraction(counts['no draft of use'], counts['drafted'])} {without}; "
+    return (f"{counts['drafted']} steps to deliberate at, {fraction(counts['retried'], counts['drafted'])} drafted again with "
+            f"success, {fraction(counts['no draft of use'], counts['drafted'])} {without}; "
             f"drafts not used: {errors}; {counts['switched']} trajectories switched; "
             f"{fraction(counts['deliberating steps'], steps)} steps deliberate, "
             f"{counts['steps after failed attempts']} come after failed attempts")

@@ -33,7 +33,6 @@ from common import (ChatFormat, Provenance, UserError, add_chat_options, bfloat1
 from environments import read_trajectories
 
 CHECKPOINTS = 5  # of a training; a kill costs the steps since the last one
-WARM_UP = 0.1  # of the steps; at the full rate from the first on, Adam undoes more than it learns
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
@@ -45,8 +44,9 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
     group.add_argument("--epochs", type=float, default=epochs, help="default: %(default)s")
     group.add_argument("--as-long-as", metavar="FOLDER", help="instead of --epochs: as many training tokens as this model "
                        "had, prompts and observations included (token-matched); epochs and steps follow")
-    group.add_argument("--learning-rate", type=float, default=1e-5, help="of a cosine schedule, after a warm-up over a tenth "
-                       "of the steps; default: %(default)s")
+    group.add_argument("--learning-rate", type=float, default=1e-5, help="of a cosine schedule; default: %(default)s")
+    group.add_argument("--warm-up", type=float, default=0.03, help="the share of steps in which the learning rate rises; a short "
+                       "training needs more; default: %(default)s")
     group.add_argument("--batch-size", type=int, default=64, help="trajectories a step, of all devices; default: %(default)s")
     group.add_argument("--micro-batch-size", type=int, default=1, help="those at once on a device; default: %(default)s")
     group.add_argument("--lora-rank", type=int, default=0, help="of an adapter that is merged at the end; 0 trains all "
@@ -180,7 +180,7 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
     large = model.num_parameters() > 1e9  # a smaller one's activations fit on a GPU; computing them twice takes time
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=round(WARM_UP * args.epochs * len(sequences) / args.batch_size),
+        warmup_steps=round(args.warm_up * args.epochs * len(sequences) / args.batch_size),
         per_device_train_batch_size=args.micro_batch_size, gradient_accumulation_steps=args.batch_size // together,
         # Else each device holds whole gradients, in bf16, while it accumulates.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
@@ -279,8 +279,8 @@ def training_tokens(model: str) -> float:
         made = json.loads((Path(model) / "training.json").read_text())
         return made["tokens"] * made["settings"]["epochs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{model}/training.json: does not say how long that model was trained ({error}); --as-long-as names a model "
-                        "that stage 0 or stage 5 has written") from None
+        raise UserError(f"{model}/training.json: does not say how long that model was trained ({error}); --as-long-as names a "
+                        "model that stage 0 or stage 5 has written") from None
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ class Environment:
 
     FILES: ClassVar[tuple[Path, ...]] = ()  # files that decide how tasks are played, besides the prompt
     STATEMENT: ClassVar = re.compile(r"Your task is to:?\s+(\S[^\n]*)")  # where an instruction states the task
+    EXAMPLE_PER_TYPE: ClassVar = False  # whether prompted agents see an example of their task's type
     PAPER: ClassVar[list[tuple[str, float, float]]] = []  # the paper's results: (method, seen, unseen) in percent
 
     @classmethod

@@ -58,6 +58,7 @@ class AlfWorld(Environment):
     action that is none of the known commands answers "Nothing happens." and never reaches the engine.
     """
 
+    EXAMPLE_PER_TYPE: ClassVar = True
     PAPER: ClassVar = [
         ("GPT-4o, ReAct", 78.6, 83.6),
         ("GPT-4o-mini, ReAct", 32.1, 41.0),

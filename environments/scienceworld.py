@@ -21,8 +21,8 @@ TASKS = Path(__file__).with_name("scienceworld_tasks.txt")
 SIMPLIFICATIONS = "teleportAction,openDoors,selfWateringFlowerPots,openContainers"  # what the paper's prompt promises
 JAVA_OPTIONS = "-XX:+UnlockExperimentalVMOptions -XX:hashCode=2 -XX:+UseSerialGC -Xmx512m"
 # ETO's numbers of task types, and the parts that AgentGym counts no tasks of.
-ETO_TYPES = ("boil", "change-the-state-of-matter-of", "freeze", "melt", "measure-melting-point-known-substance", "", "use-thermometer",
-             "power-component", "power-component-renewable-vs-nonrenewable-energy", "test-conductivity",
+ETO_TYPES = ("boil", "change-the-state-of-matter-of", "freeze", "melt", "measure-melting-point-known-substance", "",
+             "use-thermometer", "power-component", "power-component-renewable-vs-nonrenewable-energy", "test-conductivity",
              "test-conductivity-of-unknown-substances", "find-animal", "find-living-thing", "find-non-living-thing", "find-plant",
              "grow-fruit", "grow-plant", "chemistry-mix", "chemistry-mix-paint-secondary-color",
              "chemistry-mix-paint-tertiary-color", "lifespan-longest-lived", "lifespan-longest-lived-then-shortest-lived",

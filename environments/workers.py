@@ -80,6 +80,16 @@ def kill_with_children(pid: int) -> None:
         pass
 
 
+def add_workers_option(parser) -> None:
+    parser.add_argument("--workers", type=int, default=8 * os.cpu_count(), help="environments' processes, one for each episode in "
+                        "flight; at most --max-live; default: %(default)s, eight a core")
+
+
+def workers_of(args, episodes: int) -> int:
+    """How many processes to start for so many episodes."""
+    return min(args.workers, args.max_live, episodes)
+
+
 class EnvironmentPool:
     """`size` worker processes, each hosting one environment and playing one episode at a time. A worker whose
     memory has grown beyond MEMORY_OF_A_WORKER is replaced before its next episode; one that owes an answer for

@@ -8,7 +8,8 @@ import importlib
 import re
 from collections.abc import Callable, Collection, Iterator
 
-from common import Output, UserError, fill, generate, normalise, prompt_path, read_prompt, stable_seed, turns_of
+from common import (BULLET, Output, UserError, fill, generate, normalise, prompt_path, read_prompt, stable_seed, turns_of,
+                    unmarked)
 
 REFUSED = "This is not possible here and only wastes a turn"  # the verdict on what the environment refuses
 
@@ -91,6 +92,12 @@ def without_names(text: str, actions: Collection[str]) -> str:
 def leak_in(text: str) -> bool:
     """Whether the text gives away that something was simulated."""
     return bool(LEAKS.search(text))
+
+
+def plain_bullets(text: str) -> str:
+    """The text with its bullets as in figure 6, `- <action>: <judgement>`: models number them, and set actions in
+    bold, back-ticks or angle brackets."""
+    return BULLET.sub(lambda found: f"- {unmarked(found[1])}: {found[2]}", text.replace("**", ""))
 
 
 def first_sentences(text: str, count: int) -> str:

@@ -232,7 +232,8 @@ class ServerEngine(Engine):
         context, owner = entry.get("max_model_len"), entry.get("owned_by")
         try:
             if owner == "llamacpp":
-                context = client.get(urljoin(self.api_base, "/props"), cast_to=httpx2.Response).json()["default_generation_settings"]["n_ctx"]
+                props = client.get(urljoin(self.api_base, "/props"), cast_to=httpx2.Response).json()
+                context = props["default_generation_settings"]["n_ctx"]
             elif owner == "library":
                 shown = client.post(urljoin(self.api_base, "/api/show"), body={"model": self.model}, cast_to=httpx2.Response).json()
                 own = dict(line.split(None, 1) for line in shown.get("parameters", "").splitlines() if " " in line)
@@ -280,7 +281,8 @@ class ServerEngine(Engine):
         else:
             lost = named or list(self.extra)
             if "chat_template_kwargs" in lost and chat_args not in ({}, CHAT_ARGS):
-                raise UserError(f"{self.api_base} takes no chat_template_kwargs, so that --chat-args cannot reach its template: {refusal}")
+                raise UserError(f"{self.api_base} takes no chat_template_kwargs, so that --chat-args cannot reach its template: "
+                                f"{refusal}")
             self.extra = {name: value for name, value in self.extra.items() if name not in lost}
 
     @property
@@ -319,7 +321,9 @@ class ServerEngine(Engine):
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if overflow := context_overflow(str(error)):
                 room = overflow[0] - overflow[1]
-                return await self._complete(max_tokens=room, **again) if 0 < room < max_tokens else ([Output("", 0, "context")] * n, 0)
+                if 0 < room < max_tokens:
+                    return await self._complete(max_tokens=room, **again)
+                return [Output("", 0, "context")] * n, 0
             if regex:  # a server that knows no forms
                 return await self._complete(max_tokens=max_tokens, **again | {"regex": None})
             reason = f"{PERMANENT}the server refused the request: {error}".replace(self.client.api_key, "...")
@@ -350,8 +354,8 @@ def answer(choice, tokens: int) -> Output:
     message = choice.message
     reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     if reasoning and not message.content and choice.finish_reason == "stop":
-        return Output("", tokens, f"{PERMANENT}the server took the whole answer for reasoning; start it without a reasoning parser, "
-                      "or with the model's own")
+        return Output("", tokens, f"{PERMANENT}the server took the whole answer for reasoning; start it without a reasoning "
+                      "parser, or with the model's own")
     closing = "\n</think>\n" if message.content else ""
     return Output((f"<think>\n{reasoning}{closing}" if reasoning else "") + (message.content or ""), tokens, choice.finish_reason)
 
