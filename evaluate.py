@@ -80,8 +80,8 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--tasks", type=int, help="how many tasks of a split, task types taking turns; default: all")
     run.add_argument("--types", metavar="A,B", help="only these task types; default: all")
     run.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
-    run.add_argument("--example", metavar="JSONL", help="show an expert trajectory of this file in the prompt: the first, in "
-                     "ALFWorld the first of the task's type")
+    run.add_argument("--example", metavar="JSONL", help="show an expert trajectory of this file in the prompt: the first, or "
+                     "where the environment's prompts have one for each task type, the first of the task's")
     run.add_argument("--best-of", type=int, default=1, metavar="K", help="play each task K times and keep the best "
                      "reward (the environment judges: an upper bound for any judge); use it with --temperature 1")
     run.add_argument("--no-deliberation", action="store_true", help="hold every turn to a line of thought that is no list "

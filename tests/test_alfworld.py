@@ -244,7 +244,9 @@ def test_published_trajectories_are_found_by_their_game_file_and_replayed(wins, 
         "conversations": [{"role": role, "content": content} for role, content in turns]}]))
     (task, published), = read_published(str(path), "alfworld", skip_bad=False).items()
     assert task == expert["task"]
-    assert replay(AlfWorld(newer), task, published, None) == expert | {"source": "published"}
+    assert replay(AlfWorld(newer), task, published["turns"]) == expert | {"source": "published"}
+    assert AlfWorld.is_same_task(expert["instruction"], published["said"])
+    assert AlfWorld.is_same_task(expert["instruction"], "Your task is to: put a boat in fridge.") is False
 
 
 def test_an_unknown_task_is_one_line_that_names_the_file(newer):

@@ -350,14 +350,24 @@ def test_a_better_rollout_replaces_the_rest_of_the_trajectory():
     step = STEP | {"thought": deliberation, "action": "b", "observation": "o"} | with_candidates(deliberation)
     row = ROW | {"reward": 0.5, "steps": [STEP] * 3}
     rollout = {"key": f"{TASK}/step2/1", "task": TASK, "step": 2, "candidate": 1, "reward": 1.0, "end": "success",
-               "steps": [step | {"action": "fly", "observation": "Nothing happens.", "accepted": False}, step]}
-    switched = switch_expert(row, [rollout | {"key": "worse", "reward": 0.75}, rollout, rollout | {"step": 3}])
+               "expert_steps_left": 2, "steps": [step | {"action": "fly", "observation": "Nothing happens.", "accepted": False}, step]}
+    switched = switch_expert(row, [rollout | {"key": "worse", "reward": 0.75}, rollout, rollout | {"step": 3}], "better")
     assert [s["action"] for s in switched["steps"]] == ["look around", "b"]
     assert switched["steps"][1] == step and len(step["candidates"]) == 2
     assert switched["reward"] == 1.0
     assert switched["replaced_from"] == {"step": 2, "rollout": f"{TASK}/step2/1", "expert_reward": 0.5}
-    assert switch_expert(row, [rollout | {"reward": 0.5}]) is row
-    assert switch_expert(row, [rollout | {"end": "failed: it died"}]) is row
+    assert switch_expert(row, [rollout | {"reward": 0.5}], "better") is row
+    assert switch_expert(row, [rollout | {"end": "failed: it died"}], "better") is row
+
+
+def test_a_rollout_of_as_much_reward_in_fewer_steps_replaces_the_expert_where_that_is_asked_for():
+    row = ROW | {"reward": 1.0, "steps": [STEP] * 5}
+    rollout = {"key": f"{TASK}/step2/1", "task": TASK, "step": 2, "candidate": 1, "reward": 1.0, "end": "success",
+               "expert_steps_left": 4, "steps": [STEP | {"accepted": False}, STEP, STEP, STEP]}
+    assert switch_expert(row, [rollout], "better") is row
+    assert len(switch_expert(row, [rollout], "shorter")["steps"]) == 4  # the refused step is left out
+    as_long = rollout | {"steps": [STEP] * 4}
+    assert switch_expert(row, [as_long, rollout | {"reward": 0.9}, as_long | {"candidate": 0}], "shorter") is row
 
 
 # --- Prompts --------------------------------------------------------------------------------------------------------
@@ -376,7 +386,8 @@ def prompt_of(tmp_path, monkeypatch):
 
 
 def test_an_unknown_placeholder_names_the_prompt_and_the_known_ones(prompt_of):
-    says = r"alfworld.txt: unknown placeholder \('recep' is undefined\); this prompt knows \{\{ task \}\}$"
+    says = r"alfworld.txt: unknown placeholder \('recep' is undefined\); this prompt knows \{\{ task \}\}, "
+    says += r"\{\{ example \}\}$"
     with pytest.raises(UserError, match=says):
         prompt_of("Go to {{ recep }}. {{ task }}")
     assert prompt_of("Go to {recep}. {{ task }}") == "Go to {recep}. t"

@@ -49,7 +49,7 @@ def project(tmp_path):
     for path in [*ROOT.glob("*.py"), ROOT / "prompts", ROOT / "environments"]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     (tmp_path / "environments" / "toy.py").write_text(TOY)
-    (tmp_path / "prompts" / "toy.txt").write_text("Be patient.\n{{ task }}\n")
+    (tmp_path / "prompts" / "toy.txt").write_text("Be patient.\n{{ example }}\n{{ task }}\n")
     table = tmp_path / "environments" / "__init__.py"
     table.write_text(table.read_text().replace("TABLE = {", 'TABLE = {"toy": "Toy", ', 1))
 

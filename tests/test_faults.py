@@ -32,6 +32,9 @@ TASKS = choose_tasks("scienceworld", "seen", None, 3, 0)
 STEADY = [move for move in MOVES["scienceworld"] if not move.startswith("focus")]  # none of them ends an episode
 
 
+LONG_TASK = ROW | {"key": "scienceworld/boil/0", "task": "scienceworld/boil/0"}  # with a limit of 100 turns
+
+
 # --- Environments -------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +184,7 @@ def games(tmp_path, monkeypatch):
     write_practice_games(tmp_path, {"train": 4}, seed=0)
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     tasks = game_tasks("train", tmp_path)
-    game_path(tmp_path, tasks[0]).write_text('{"grammar": "')
+    game_path(tmp_path, tasks[0]).write_text('{"grammar": "", "solvable": true}')
     return tasks
 
 
@@ -190,7 +193,7 @@ def test_a_game_that_cannot_be_read_is_one_failed_episode(games):
         episodes = [Playing(task, task, 1) for task in games]
         *others, broken = counted(play(episodes, Scripted(["look"]), pool, {}, seed=0), len(games))
     assert broken.key == games[0] and not broken.failures
-    assert re.fullmatch(r"failed: \S+game\.tw-pddl: not a game the engine can read .*", broken.end)
+    assert re.fullmatch(r"failed for good: \S+game\.tw-pddl: not a game the engine can read .*", broken.end)
     assert [episode.end for episode in others] == ["turn limit"] * 23
 
 
@@ -198,11 +201,13 @@ def test_a_game_that_cannot_be_read_costs_one_expert_trajectory(games, script, t
     collect = ("stage0_sft.py", "expert", "--env", "alfworld", "--out", "expert.jsonl")
     done = script(*collect)
     assert done.returncode == 0, done.stderr
-    assert f"failed: {games[0]}: " in done.stdout
+    assert f"failed for good: {games[0]}: " in done.stdout
     assert [row["key"] for row in read_rows(tmp_path / "expert.jsonl", Trajectory)] == [
         task for task in choose_tasks("alfworld", "train", None, None, 0) if task != games[0]]
     done = script(*collect, "--types", task_type(games[0]))
-    assert f"1 of 4 failed, the last with '{games[0]}: " in refusal(done)
+    message = refusal(done)
+    assert f"1 of 4 failed, the last with 'failed for good: {games[0]}: " in message
+    assert "trying again does not help" in message and "run the same command again" not in message
 
 
 STRANGE = ["x" * 10_000, "look\naround\nquit", "\x00\x1b[2J\x07look", "看看四周", "reset task", "RESET", "quit", "save",
@@ -288,7 +293,7 @@ def test_a_server_that_fails_now_and_then_is_asked_again(fault):
     (500, "failed: the server answered 500"), ("stall", "failed: the server gave no answer to 3 tries: "),
     ("no choices", "failed: the server gave no answer to 3 tries: "),
     ("one of two", "failed: the server gave no answer to 3 tries: half an answer"),
-    (400, "failed: the server refused the request: "), (401, "failed: the server answered 401")])
+    (400, "failed for good: the server refused the request: "), (401, "failed for good: the server answered 401")])
 def test_a_request_without_an_answer_ends_with_its_reason_and_the_others_go_on(fault, reason, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     answers = ask_server([fault] * (1 if fault in (400, 401) else 3), requests=20)
@@ -324,7 +329,7 @@ def test_a_server_that_is_gone_stops_the_run():
 
 
 def test_a_step_without_samples_says_why_and_is_not_flagged(script, tmp_path):
-    write(tmp_path / "expert.jsonl", ROW | {"steps": ROW["steps"] * 20})
+    write(tmp_path / "expert.jsonl", LONG_TASK | {"steps": ROW["steps"] * 20})
     server, address = serve(type("Faulty", (FaultyServer,), {"faults": [400]}))
     done = script("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", "out.jsonl", "--api-base", address,
                   "--model", "m", "--max-live", 1)
@@ -332,7 +337,7 @@ def test_a_step_without_samples_says_why_and_is_not_flagged(script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 steps without samples" in done.stdout
     first, *others = read_rows(tmp_path / "out.jsonl", Candidates)
-    assert first["failed"].startswith("failed: the server refused the request") and not first["flagged"]
+    assert first["failed"].startswith("failed for good: the server refused the request") and not first["flagged"]
     assert not any("failed" in row for row in others) and len(others) == 19
     assert json.loads((tmp_path / "out.meta.json").read_text())["counts"]["failed"] == 1
 
@@ -397,7 +402,7 @@ def test_out_of_memory_halves_what_is_in_flight(live, engine, monkeypatch, capsy
 def test_a_full_disk_is_one_line_and_what_was_written_is_kept(script, scripted, tmp_path):
     """A limit on the size of files stands for the disk. It falls into the tenth row, which is longer than the limit."""
     long = STEP | {"thought": "I wonder. " * 2000}
-    write(tmp_path / "expert.jsonl", ROW | {"steps": [STEP] * 9 + [long] + [STEP] * 20})
+    write(tmp_path / "expert.jsonl", LONG_TASK | {"steps": [STEP] * 9 + [long] + [STEP] * 20})
     command = ("stage1_sample.py", "--trajectories", "expert.jsonl", "--out", "out.jsonl", "--api-base", scripted,
                "--model", "m", "--max-live", 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

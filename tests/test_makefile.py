@@ -158,8 +158,8 @@ EDITS = {  # (file, text, what stands there instead): the scripts that are stale
     ("prompts/small_model.py", "MOST_REFUSALS = 4", "MOST_REFUSALS = 5"): ITERATION[1:],
     ("stage0_sft.py", "import argparse", "import argparse\nimport math"): [],
     ("stage2_rollout.py", '"action_reward": own[0]["reward"] - before', '"action_reward": own[0]["reward"]'): ITERATION[1:],
-    ("stage3_critique.py", 'TAG = "Action Evaluation:"', 'TAG = "Evaluation:"'): ITERATION[2:],
-    ("stage5_finetune.py", "WARM_UP = 0.1", "WARM_UP = 0.2"): EVERYTHING_TRAINED,
+    ("stage3_critique.py", 'TAG = re.compile(r"Action Evaluation', 'TAG = re.compile(r"Evaluation'): ITERATION[2:],
+    ("stage5_finetune.py", "round(args.warm_up", "int(args.warm_up"): EVERYTHING_TRAINED,
     ("stage5_finetune.py", 'batch["labels"][:, 1:]', 'batch["labels"][:, 2:]'): EVERYTHING_TRAINED,
 }
 

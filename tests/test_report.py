@@ -120,14 +120,15 @@ def test_the_best_of_k_tries_counts_the_tokens_of_all():
     assert best["steps"][0]["tokens"] == 7
 
 
-def test_an_example_is_of_the_tasks_type_and_comes_before_the_task():
-    experts = [{"task": f"scienceworld/{task}", "instruction": task, "steps": [step("wait")]}
-               for task in ("boil/1", "melt/2")]
-    assert choose_example("scienceworld/melt/9", experts) is experts[1]
-    assert choose_example("scienceworld/freeze/9", experts) is experts[0]
+def test_an_example_is_shown_in_the_first_turn_one_for_all_or_one_a_type():
+    experts = [{"task": task, "instruction": task, "steps": [step("wait")]} for task in ("scienceworld/boil/1", "scienceworld/melt/2")]
+    assert choose_example("scienceworld/melt/9", experts) is experts[0]
+    games = [{"task": f"alfworld/train/{kind}-Mug-None-Desk-1/t"} for kind in ("pick", "heat")]
+    assert choose_example("alfworld/valid_seen/heat-Mug-None-Desk-1/t", games) is games[1]
+    assert choose_example("alfworld/valid_seen/cool-Mug-None-Desk-1/t", games) is games[0]
     turns = dialogue("scienceworld/melt/9", "Find a plant.", [step("go")], experts[1])
-    assert turns[0].endswith("melt/2") and turns[1] == "Action: wait" and turns[2].endswith("Find a plant.")
-    assert turns[3] == "Action: go" and len(turns) % 2
+    assert turns[0].endswith("another task.\nscienceworld/melt/2\nAction: wait\n\nHere is your task.\nFind a plant.")
+    assert turns[1:] == ["Action: go", "Observation: a room"] and dialogue("scienceworld/melt/9", "x", [])[0].endswith("\n\nHere is your task.\nx")
 
 
 # --- Reports ------------------------------------------------------------------------------------------------------
@@ -220,13 +221,15 @@ def test_a_report_says_what_the_stages_did(finished):
     for name, lines in rows.items():
         (finished / "iter1" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     said = {"critiques": {"settings": {"model": "models/judge"}}, "deliberations": {
-        "counts": {"drafted": 1, "no draft of use": 0}}}
+        "counts": {"drafted": 1, "retried": 1, "no draft of use": 0, "draft errors": {"no tag": 2}}}}
     for name, sidecar in said.items():
         (finished / "iter1" / f"{name}.meta.json").write_text(json.dumps(sidecar))
     report(finished)
     written = (finished / "report.md").read_text()
-    assert "| steps flagged | critic | critiques from the template | deliberations without a draft of use |" in written
-    assert "| iter1 | 1 of 2 (50 %) | judge | 2 of 3 (67 %) | 0 of 1 (0 %) | 1 of 4 (25 %) |" in written
+    assert "| critic | critiques retried | from the template | deliberations retried | without a draft of use |" in written
+    assert ("| iter1 | 1 of 2 (50 %) | judge | 0 of 3 (0 %) | 2 of 3 (67 %) | 1 of 1 (100 %) | 0 of 1 (0 %) | 1 of 4 (25 %) |"
+            in written)
+    assert "| iter1 | none | 2 no tag |" in written
     assert "| iter1 | 1.000 (n=1) | 0.500 (n=1) |" in written  # sampled thoughts: with deliberation, without
     assert "| iter1 | 1 | 3.0 | 0.750 | 0.750 | 1 of 2 (50 %) | 1 of 2 (50 %) |" in written
 

@@ -160,7 +160,7 @@ def test_verdicts_measured_by_an_expert_that_a_switch_gives_up_are_not_used(scri
     files = judged(tmp_path, "look around", "wait")
     for reward, is_switched in (1.0, False), (0.0, True):
         write(tmp_path / "expert.jsonl", ROW | {"reward": reward})
-        done = script("stage4_synthesize.py", *SAMPLE[1:], *files, "--small-model", "--attempts", 0, "--expert-switch")
+        done = script("stage4_synthesize.py", *SAMPLE[1:], *files, "--small-model", "--attempts", 0, "--expert-switch", "better")
         assert done.returncode == 0, done.stderr
         row = json.loads((tmp_path / "out.jsonl").read_text())
         assert ("replaced_from" in row, "candidates" in row["steps"][0]) == (is_switched, not is_switched)
@@ -276,7 +276,8 @@ def test_a_prompting_baseline_waits_for_a_busy_server_and_keeps_the_key_to_itsel
     assert [step["action"] for step in episode["steps"]] == ["wait", "wait"]
     assert "14 tokens of prompts in, 6 tokens out" in done.stdout
     assert len(BusyServer.asked) == 4 and {key for key, _ in BusyServer.asked} == {"Bearer sk-secret"}
-    assert "That task is done. Here is the next one." in BusyServer.asked[0][1]
+    prompt = json.loads(BusyServer.asked[0][1])["messages"][0]["content"]
+    assert "Here is an example of another task.\nFind an animal.\nThought: I look.\nAction: look around\n\nHere is your" in prompt
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(b"sk-secret" in text for text in [*written, done.stdout.encode(), done.stderr.encode()])
 
