@@ -136,6 +136,7 @@ def load_model(args: argparse.Namespace):
     except (OSError, ValueError) as error:
         raise UserError(f"transformers cannot load the model '{args.model}': {str(error).splitlines()[0]}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.generation_config = generation_config(model)
     check_saving(model, tokenizer)
     return model, tokenizer, stored_as
 
@@ -144,7 +145,7 @@ def check_saving(model, tokenizer) -> None:
     """Raise UserError if what was loaded cannot be saved: better now than after the training."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for part in model.config, generation_config(model), tokenizer:
+            for part in model.config, model.generation_config, tokenizer:
                 part.save_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{model.name_or_path}: was loaded and cannot be saved again ({' '.join(str(error).split())}); mend its "

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -247,6 +248,26 @@ def test_published_trajectories_are_found_by_their_game_file_and_replayed(wins, 
     assert replay(AlfWorld(newer), task, published["turns"]) == expert | {"source": "published"}
     assert AlfWorld.is_same_task(expert["instruction"], published["said"])
     assert AlfWorld.is_same_task(expert["instruction"], "Your task is to: put a boat in fridge.") is False
+
+
+def test_the_splits_are_those_of_the_stock_loader_and_what_is_left_out_is_said_once(tmp_path, capsys):
+    """Public copies hold games that the stock loader does not play."""
+    write_practice_games(tmp_path, {"seen": 1}, seed=0)
+    games = sorted(tmp_path.rglob("game.tw-pddl"))
+    assert len(games) == 6
+    for game, said in zip(games, (False, None, "missing"), strict=False):
+        content = json.loads(game.read_text())
+        content.pop("solvable") if said == "missing" else content.update(solvable=said)
+        game.write_text(json.dumps(content | {"walkthrough": ["look"] * 2000}))  # the answer is not at the file's end
+    for name in ("pick_and_place_with_movable_recep-Mug-Pan-Desk-1", "pick_and_place_simple-AppleSliced-None-Desk-1", "juggle-Mug-None-Desk-1"):
+        shutil.copytree(games[-1].parent.parent, games[-1].parent.parent.with_name(name))
+    tasks = game_tasks("seen", tmp_path)
+    assert [task.split("/")[-1] for task in tasks] == [game.parent.name for game in games[3:]]
+    assert game_tasks("seen", tmp_path) == tasks
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "9 games, 6 of them left out, as by ALFWorld's own loader: " in said
+    for reason in ("1 unsolvable", "2 never checked for a solution", "2 with movable receptacles or slices", "1 of another task type"):
+        assert reason in said
 
 
 def test_an_unknown_task_is_one_line_that_names_the_file(newer):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -14,6 +16,7 @@ from conftest import LONG, MODEL, ROOT, Server, serve
 from environments.alfworld import AlfWorld
 from environments.scienceworld import ScienceWorld
 from stage0_sft import published_turns
+from stage5_finetune import check_saving
 
 STEP = {"thought": "I look.", "action": "look around", "observation": "a room", "reward": 1.0, "accepted": True}
 ROW = {"key": "scienceworld/find-animal/0", "task": "scienceworld/find-animal/0", "instruction": "Find an animal.",
@@ -383,6 +386,27 @@ def test_a_published_row_of_a_test_game_is_refused():
 
 
 # --- Finetuning ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_transformers_loads_and_does_not_write_is_saved(script, tiny_model, tmp_path):
+    """Vicuna and mirrors of Llama 2 have a temperature and no do_sample in their generation config."""
+    shutil.copytree(tiny_model, tmp_path / "base")
+    write(tmp_path / "base" / "generation_config.json", json.dumps({"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}))
+    write(tmp_path / "expert.jsonl", ROW)
+    done = script("stage5_finetune.py", "--data", "expert.jsonl", "--out", "out", "--model", "base", "--epochs", 1, "--batch-size", 1)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.9, 0.6)
+
+
+def test_what_cannot_be_saved_is_said_before_the_training():
+    def refuse(folder):
+        raise ValueError("this\nis not to be written")
+
+    model = SimpleNamespace(name_or_path="acme/chat", config=SimpleNamespace(save_pretrained=refuse), generation_config=None)
+    with pytest.raises(UserError, match="acme/chat: was loaded and cannot be saved again \\(this is not to be written\\); mend"):
+        check_saving(model, None)
 
 
 @pytest.mark.slow
