@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"  # `make test` sets it up
-LONG = "--long" in sys.argv
+if "--long" in sys.argv:
+    os.environ["SAND_LONG"] = "1"  # the processes that share the tests have arguments of their own
+LONG = "SAND_LONG" in os.environ
 sys.path.insert(0, str(ROOT))
 from prompts.engine import PROBE  # noqa: E402
 
