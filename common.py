@@ -636,10 +636,14 @@ ACTION_ITSELF = re.compile(r"(?:[^\S\n]*(?:[*_]{2,}|`{3,}\w*|[*_`\"']*)[^\S\n]*\
 NO_ACTION_ITSELF = re.compile(rf"{MARKS}(?:observation|thought|human|user)\b.*", re.IGNORECASE)
 THOUGHT_TAG = re.compile(rf"^{MARKS}thought(?: \d+)?{MARKS}[:：][*_]*", re.IGNORECASE)
 THINKING = r"(?:seed:)?think(?:ing)?|reasoning"
-THINK_BLOCK = re.compile(rf"<({THINKING})>.*?(?:</\1>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)", re.DOTALL | re.IGNORECASE)
-THINK_END = re.compile(rf"^.*(?:</(?:{THINKING})>|\[/THINK\])", re.DOTALL | re.IGNORECASE)
+THINK_BLOCK = re.compile(rf"<({THINKING})>.*?(?:</\1>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)|◁think▷.*?(?:◁/think▷|\Z)|"
+                         r"<\|begin_of_thought\|>.*?(?:<\|end_of_thought\|>|\Z)", re.DOTALL | re.IGNORECASE)
+THINK_END = re.compile(rf"^.*(?:</(?:{THINKING})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>)", re.DOTALL | re.IGNORECASE)
 BULLET = re.compile(r"^(?:Thought: )?[ \t]*(?:[-*•–]|\d+[.)])[ \t]+(\S[^\n]*?)[ \t]*[:：][*_`]*[ \t]+(\S[^\n]*)", re.MULTILINE)
-PAIRS = (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ("'", "'"), ('"', '"'), ("<", ">"), ("[", "]"), ("“", "”"))
+# What models put around an action, and the ends of a turn that some servers leave in the text.
+PAIRS = (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ("'", "'"), ('"', '"'), ("“", "”"), ("<action>", "</action>"), ("<", ">"),
+         ("[", "]"), ("(", ")"), ("{", "}"))
+TURN_ENDS = re.compile(r"(?:</s>|<\|[^|>]*\|>|<end_of_turn>)\s*$")
 LONGEST_ACTION = 200  # characters; no action of either environment comes near
 
 
@@ -668,7 +672,7 @@ def parse_turn(text: str) -> dict:
 
 def unmarked(action: str) -> str:
     """An action without the marks that models put around it."""
-    action = clean_action(action)
+    action = clean_action(TURN_ENDS.sub("", action))
     for left, right in PAIRS:
         if action.startswith(left) and action.endswith(right) and len(action) > len(left + right):
             action = clean_action(action.removeprefix(left).removesuffix(right))

@@ -49,8 +49,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
                        "training needs more; default: %(default)s")
     group.add_argument("--batch-size", type=int, default=64, help="trajectories a step, of all devices; default: %(default)s")
     group.add_argument("--micro-batch-size", type=int, default=1, help="those at once on a device; default: %(default)s")
-    group.add_argument("--lora-rank", type=int, default=0, help="of an adapter that is merged at the end; 0 trains all "
-                       "weights; default: %(default)s")
+    group.add_argument("--lora-rank", type=int, default=0, help="of an adapter, merged at the end; 0 trains all; default: %(default)s")
     group.add_argument("--max-model-len", type=int, default=8192, help="longest sequence, in whole steps; default: %(default)s")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     add_chat_options(group)
@@ -143,18 +142,25 @@ def load_model(args: argparse.Namespace):
 
 def check_saving(model, tokenizer) -> None:
     """Raise UserError if what was loaded cannot be saved: better now than after the training."""
+    import torch
+    from transformers import AutoModelForCausalLM
     try:
+        if getattr(model.config, "quantization_config", None):
+            raise ValueError("its weights are quantized; take the model with plain ones")
+        with torch.device("meta"):  # as `save_checkpoint` will
+            twin = AutoModelForCausalLM.from_config(model.config)
+        if other := set(twin.state_dict()) ^ set(model.state_dict()):
+            raise ValueError(f"transformers would save it with other weights: {', '.join(sorted(other)[:3])}")
         with tempfile.TemporaryDirectory() as folder:
             for part in model.config, model.generation_config, tokenizer:
                 part.save_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{model.name_or_path}: was loaded and cannot be saved again ({' '.join(str(error).split())}); mend its "
-                        "configuration files before the training") from None
+        raise UserError(f"{model.name_or_path}: was loaded and cannot be saved again ({' '.join(str(error).split())}); mend that "
+                        "before the training") from None
 
 
 def generation_config(model):
-    """A model's generation config as it can be written: public checkpoints that set a temperature and no do_sample
-    mean to sample, and transformers refuses them as they are."""
+    """A model's generation config as it can be written: some set a temperature and no do_sample, and mean to sample."""
     config = copy.deepcopy(model.generation_config)
     config.do_sample = config.do_sample or any(getattr(config, name) is not None for name in ("temperature", "top_p", "top_k"))
     return config

@@ -189,7 +189,7 @@ class ServerEngine(Engine):
     """
 
     def __init__(self, api_base: str, model: str, timeout: float = 600, tries: int = 9, max_model_len: int | None = None,
-                 chat_args: dict | None = None) -> None:
+                 chat_args: dict | None = None, n_samples: int = 2) -> None:
         import asyncio
         import threading
 
@@ -201,7 +201,7 @@ class ServerEngine(Engine):
         if model not in served:
             raise UserError(f"{api_base} does not serve '{model}' but {', '.join(served) or 'nothing'}; mend --model")
         self._check_context(asked, served[model])
-        self._learn(asked.with_options(max_retries=tries - 1, timeout=timeout), chat_args or {})
+        self._learn(asked.with_options(max_retries=tries - 1, timeout=timeout), chat_args or {}, max(2, n_samples))
         self.client = openai.AsyncOpenAI(**options, max_retries=tries - 1, timeout=timeout, http_client=openai.
                                          DefaultAsyncHttpxClient(event_hooks={"response": [refuse_half_answers]}))
         self.loop = asyncio.new_event_loop()
@@ -248,18 +248,18 @@ class ServerEngine(Engine):
             raise UserError(f"{self.api_base} serves '{self.model}' with a context of {context} tokens, less than --max-model-len "
                             f"{self.longest}; start it with more, or give --max-model-len {context}")
 
-    def _learn(self, client, chat_args: dict) -> None:
-        """Find out with a short request which terms the server knows: whether it gives several completions at once,
-        what it calls the token limit, and which of the fields beyond OpenAI's it takes."""
+    def _learn(self, client, chat_args: dict, n: int) -> None:
+        """Find out with a short request which terms the server knows: whether it gives n completions at once, what it
+        calls the token limit, and which of the fields beyond OpenAI's it takes."""
         import openai
         self.limit, self.many = "max_tokens", True
         self.extra: dict = PLAIN | BEYOND | {"chat_template_kwargs": chat_args or CHAT_ARGS}
         while True:
             try:
                 reply = client.chat.completions.create(
-                    model=self.model, messages=[{"role": "user", "content": PROBE}], n=2 if self.many else 1, temperature=1.0,
+                    model=self.model, messages=[{"role": "user", "content": PROBE}], n=n if self.many else 1, temperature=1.0,
                     seed=0, stop=["\nObservation:"], **{self.limit: 16}, extra_body=self.extra)
-                self.many &= len(reply.choices) == 2
+                self.many &= len(reply.choices) == n
                 return
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 self._give_way(" ".join(error.response.text.replace(client.api_key, "...").split()), chat_args)
@@ -375,5 +375,6 @@ def make_engine(args: argparse.Namespace) -> Engine:
     if args.api_base:
         if args.engine_args:
             raise UserError("--engine-args are for vLLM in this process; with --api-base give them to the server")
-        return ServerEngine(args.api_base, args.model, max_model_len=args.max_model_len, chat_args=args.chat_args)
+        return ServerEngine(args.api_base, args.model, max_model_len=args.max_model_len, chat_args=args.chat_args,
+                            n_samples=getattr(args, "n_samples", 1))
     return LocalEngine(args.model, args.max_model_len, args.seed, args.engine_args, args.chat_args)

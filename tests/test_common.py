@@ -280,6 +280,9 @@ def test_neither_the_report_nor_another_environment_makes_rows_stale(tmp_path, m
     ("Thought: I look.\n```\nAction: look around\n```", "I look.", "look around"),
     ("Thought: I look.\nAction:\n```text\nlook around\n```", "I look.", "look around"),
     ('Thought: "Baby" egg it is.\nAction: focus on egg', '"Baby" egg it is.', "focus on egg"),
+    ("Thought: I look.\nAction: <action>look around</action>", "I look.", "look around"),
+    ("Thought: I look.\nAction: [look around]</s>", "I look.", "look around"),
+    ("Thought: I look.\n**Action: look around**<|eot_id|>", "I look.", "look around"),
     ("Action: click[size: < 3 > `x`]", "", "click[size: < 3 > `x`]"),
     # What is imagined behind it.
     ("Thought: I look.\nAction: look around\nHuman: Observation: a bee\nAction: wait", "I look.", "look around"),
@@ -290,6 +293,8 @@ def test_neither_the_report_nor_another_environment_makes_rows_stale(tmp_path, m
     ("<think>\nAction: wait", "", ""),
     ("[THINK]Action: wait[/THINK]Action: look around", "", "look around"),
     ("<seed:think>Action: wait</seed:think>Action: look around", "", "look around"),
+    ("◁think▷Action: wait◁/think▷Action: look around", "", "look around"),
+    ("<think>a <think>Action: wait</think> b</think>\nAction: look around", "", "look around"),
 ])
 def test_the_first_action_is_the_action_and_nothing_after_it(text, thought, action):
     turn = parse_turn(text)

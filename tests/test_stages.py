@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -400,13 +399,19 @@ def test_a_checkpoint_that_transformers_loads_and_does_not_write_is_saved(script
     assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.9, 0.6)
 
 
-def test_what_cannot_be_saved_is_said_before_the_training():
-    def refuse(folder):
-        raise ValueError("this\nis not to be written")
-
-    model = SimpleNamespace(name_or_path="acme/chat", config=SimpleNamespace(save_pretrained=refuse), generation_config=None)
-    with pytest.raises(UserError, match="acme/chat: was loaded and cannot be saved again \\(this is not to be written\\); mend"):
-        check_saving(model, None)
+@pytest.mark.slow
+@pytest.mark.parametrize("harm, reason", [
+    (lambda model: setattr(model.config, "quantization_config", {"quant_method": "gptq"}), "its weights are quantized"),
+    (lambda model: setattr(model.generation_config, "temperature", 0.9), "do_sample"),
+    (lambda model: model.register_buffer("grafted", model.lm_head.weight), "it with other weights: grafted"),
+])
+def test_what_cannot_be_saved_is_said_before_the_training(tiny_model, harm, reason):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    check_saving(model, AutoTokenizer.from_pretrained(tiny_model))
+    harm(model)
+    with pytest.raises(UserError, match=f"was loaded and cannot be saved again .*{reason}.*; mend that before the training"):
+        check_saving(model, AutoTokenizer.from_pretrained(tiny_model))
 
 
 @pytest.mark.slow
