@@ -14,7 +14,7 @@ from common import UserError
 from conftest import LONG, MODEL, ROOT, Server, serve
 from environments.alfworld import AlfWorld
 from environments.scienceworld import ScienceWorld
-from stage0_sft import published_turns
+from stage0_sft import published_turns, read_published
 from stage5_finetune import check_saving
 
 STEP = {"thought": "I look.", "action": "look around", "observation": "a room", "reward": 1.0, "accepted": True}
@@ -325,15 +325,25 @@ def test_published_trajectories_are_replayed_in_the_environment(script, tmp_path
     ({"id": "11_1", "conversations": GOOD["conversations"][:3]}, "no turn of 'conversations' has an Action line"),
     (published("11_1", "Action: wait", role="speaker"), "turn 0 of 'conversations' lacks from/role"),
     (GOOD, "task scienceworld/find-animal/0 came before, in row 0"),
-    (published("0_5", "Action: wait"), "speaks of another task than scienceworld/boil/5, where the environment says"),
-    (published("11_1", "Action: focus on air", "Action: wait"), "its episode ends after 1 of its 2 turns"),
-    (published("11_99999", "Action: wait"), "unknown ScienceWorld task 'scienceworld/find-animal/99999'"),
     ("a string", "'id', 'item_id' or 'game_file' is missing")])
-def test_a_published_row_that_cannot_be_used_is_named_by_its_index(refuses, script, tmp_path, bad, says):
+def test_a_published_row_that_cannot_be_read_is_named_by_its_index(tmp_path, capsys, bad, says):
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps([GOOD, bad]))
+    with pytest.raises(UserError) as refused:
+        read_published(str(path), "scienceworld", skip_bad=False)
+    assert "published.json: row 1: " in str(refused.value) and says in str(refused.value) and "--skip-bad" in str(refused.value)
+    assert list(read_published(str(path), "scienceworld", skip_bad=True)) == ["scienceworld/find-animal/0"]
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad, says", [
+    (published("0_5", "Action: wait"), "row 1: speaks of another task than scienceworld/boil/5, where the environment says"),
+    (published("11_1", "Action: focus on air", "Action: wait"), "row 1: its episode ends after 1 of its 2 turns"),
+    (published("11_99999", "Action: wait"), "unknown ScienceWorld task 'scienceworld/find-animal/99999'")])
+def test_a_published_row_that_the_environment_does_not_bear_out_is_named(refuses, script, tmp_path, bad, says):
     write(tmp_path / "published.json", json.dumps([GOOD, bad]))
     message = refuses(*PUBLISHED)
     assert "published.json: " in message and says in message and "--skip-bad" in message
-    assert "row 1: " in message or "99999" in message
     done = script(*PUBLISHED, "--skip-bad")
     assert done.returncode == 0 and says in done.stdout
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
