@@ -502,7 +502,7 @@ def stage_section(folder: Path) -> list[str]:
         steps = [step for row in read_rows(path, Trajectory) for step in row["steps"]]
         said = sidecar(path).get("counts", {})
         rows.append([iteration.name, fraction(sum(row["flagged"] for row in candidates), len(candidates)),
-                     Path(sidecar(iteration / "critiques.jsonl").get("settings", {}).get("model", "unknown")).name,
+                     critic_of(iteration),
                      fraction(sum(bool(row["draft_errors"]) and not row["used_template"] for row in critiques), len(critiques)),
                      fraction(sum(row["used_template"] for row in critiques), len(critiques)),
                      fraction(said["retried"], said["drafted"]) if said else "unknown",
@@ -514,6 +514,11 @@ def stage_section(folder: Path) -> list[str]:
         ["iteration", "steps flagged", "critic", "critiques retried", "from the template", "deliberations retried",
          "without a draft of use", "training steps that deliberate"], rows), "Why drafts were not used:", "", *table(
         ["iteration", "critiques", "deliberations"], reasons)] if rows else []
+
+
+def critic_of(iteration: Path) -> str:
+    asked = sidecar(iteration / "critiques.jsonl").get("settings", {})
+    return Path(asked.get("model", "unknown")).name if asked.get("attempts", 1) else "none asked"
 
 
 def counted(reasons: Iterable[str]) -> str:

@@ -42,7 +42,7 @@ from prompts.engine import LocalEngine
 from stage5_finetune import make_trainer, training_sequences
 
 PARTS = ("rollouts", "growth", "environments", "sampling", "training")
-TYPES = "find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived"  # the laptop's
+TYPES = "find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived"  # short ones
 BRANCH_AT = 10
 GAMES = 7  # a round
 N = 5
