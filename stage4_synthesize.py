@@ -11,7 +11,7 @@ its old thought. Unflagged steps keep theirs, too (section 4.5).
 
 Writes D_delib in the very format of expert.jsonl, so that it is the next iteration's D_exp. A step that
 deliberates has "candidates": [{"action": "...", "judgement": "..."}, ...] and "original_thought"; one whose
-drafts were of no use has "draft_errors". With --expert-switch, a rollout whose reward beats the expert's
+drafts were of no use has "draft_errors". With --expert-switch, a rollout that beats the expert
 replaces the rest of the trajectory from its step on; the row then has "replaced_from": {"step": 3, "rollout":
 KEY, "expert_reward": 0.5}.
 
