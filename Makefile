@@ -349,9 +349,9 @@ verify: ## compare RUN's files with what their sidecars say of inputs, prompts, 
 	@$(PYTHON) evaluate.py verify $(R)
 
 # ---- Tests ----
-# Two processes: most tests compute with one thread. Those of a file that share what is slow to make stay together.
+# Two processes: most tests compute with one thread. tests/conftest.py says which tests stay together.
 test: $(READY) $(PACKAGED)/config.json ## the tests, set-up included; some ten minutes on two cores
-	$(PYTHON) -m pytest -q -n 2 --dist loadgroup tests $(PYTEST)
+	$(PYTHON) -m pytest -q -n 2 --dist loadscope tests $(PYTEST)
 
 test-long: $(READY) $(PACKAGED)/config.json ## all of them: 20 kills a stage, 2,000 episodes an environment
 	$(PYTHON) -m pytest -q tests --long $(PYTEST)

@@ -40,6 +40,23 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: runs for many minutes; only with --long, as `make test-long` does")
 
 
+# Each of their tests is a job of its own for the processes that share the tests; other files, whose tests share what is slow to
+# make, are one job.
+APART = ("test_environments.py", "test_faults.py", "test_paper_path.py", "test_servers.py", "test_soak.py", "test_stages.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Jobs(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if Path(file).name in APART else file
+
+    return Jobs(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
     left_out = {"slow": "--quick"} if config.getoption("--quick") else {}
     if not LONG:

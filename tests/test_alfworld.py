@@ -15,8 +15,6 @@ from environments.alfworld import AlfWorld, game_path, game_tasks, games_root
 from practice_games import write_practice_games
 from stage0_sft import read_published
 
-pytestmark = pytest.mark.xdist_group("alfworld")
-
 TYPES = ["look_at_obj_in_light", "pick_and_place_simple", "pick_clean_then_place_in_recep",
          "pick_cool_then_place_in_recep", "pick_heat_then_place_in_recep", "pick_two_obj_and_place"]
 

@@ -10,8 +10,6 @@ import pytest
 from common import CHAT_ARGS, ChatFormat, UserError
 from stage5_finetune import supervised_tokens
 
-pytestmark = pytest.mark.xdist_group("chat")
-
 FOLDER = Path(__file__).with_name("templates")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja") if path.stem != "gpt-oss")
 TURNS = ["You are in a room.\n\nFind a mug.", "Thought: I look.\nAction: look", "Observation:", "Action: go north", "Observation: a mug",

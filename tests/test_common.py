@@ -13,8 +13,6 @@ from environments import read_trajectories
 from stage1_sample import candidate_row, distinct_actions, is_flagged, sample
 from stage4_synthesize import switch_expert
 
-pytestmark = pytest.mark.xdist_group("common")
-
 TASK = "scienceworld/find-animal/0"
 STEP = {"thought": "t", "action": "look around", "observation": "a room", "reward": 0.0, "accepted": True}
 ROW = {"key": TASK, "task": TASK, "instruction": "do it", "reward": 1.0, "source": "test", "steps": [STEP]}

@@ -21,7 +21,7 @@ from prompts.engine import LocalEngine, ServerEngine, make_engine
 from stage5_finetune import supervised_tokens, training_sequences
 from test_stages import ROW, STEP
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("engine")]
+pytestmark = pytest.mark.slow
 # Greedy, the model prefers each token of "The capital of France is Paris." to the next best by at least 1.7 nats: far
 # more than kernels for different processors differ by. As a plain question it was 0.08: the machine chose the answer.
 QUESTION = ["Complete the sentence: The capital of France is"]

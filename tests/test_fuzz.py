@@ -20,8 +20,6 @@ from prompts.base_model import fill_dialogue, leak_in, repeats_itself
 from stage0_sft import read_published
 from test_stages import CANDIDATE, ROW
 
-pytestmark = pytest.mark.xdist_group("fuzz")
-
 WORDS = st.sampled_from(["Action:", "Thought:", "Action: look around", "\n", "- look: fine.", "Observation: ", " ", ".",
                          "Action Evaluation:", "\x00", "\ud800", "```", "<|im_end|>", "reset task", "0", "é\u2028"])
 TEXT = st.one_of(st.text(), st.lists(st.one_of(WORDS, st.text(max_size=10)), max_size=12).map("".join))

@@ -14,8 +14,6 @@ from stage3_critique import check_critique, critique_prompt, critique_row, verdi
 from stage4_synthesize import (by_sample_count, check_deliberation, deliberate, deliberation_prompt, finish_step,
                                judged_candidates, plan_proposals, plan_steps)
 
-pytestmark = pytest.mark.xdist_group("judgements")
-
 TASK = "scienceworld/find-animal/0"
 
 

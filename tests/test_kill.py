@@ -14,7 +14,7 @@ import pytest
 
 from conftest import LONG, ROOT, wait_until_gone
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kill")]
+pytestmark = pytest.mark.slow
 KILLS = 20 if LONG else 2
 ENGINE = ("--model", "m", "--max-live", 3)
 STAGES = {  # in the order of their inputs

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("makefile")]
+pytestmark = pytest.mark.slow
 SMALLEST = ["RUN=t", "TASKS=1", "TEST_TASKS=1", "ITERS=1", "N=2", "MAX_TURNS=4", "MAX_TOKENS=24", "EPOCHS=1 1 1",
             "TYPES=lifespan-longest-lived", "TEMPERATURE=1", "ATTEMPTS=1"]
 ITERATION = ["stage1_sample", "stage2_rollout", "stage3_critique", "stage4_synthesize", "stage5_finetune", "evaluate run"]

@@ -31,8 +31,6 @@ from evaluate import (
     success_by_turn,
 )
 
-pytestmark = pytest.mark.xdist_group("report")
-
 WEIGHS = "I stand here.\n\n- go: It is open.\n- wait: It wastes time.\n\nSo I go."
 
 

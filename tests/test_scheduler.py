@@ -17,8 +17,6 @@ from prompts.small_model import four_refused
 from stage2_rollout import branch, refused, sampled_rollout
 from test_stages import CANDIDATE, ROW, STEP
 
-pytestmark = pytest.mark.xdist_group("scheduler")
-
 
 class Scripted:
     """A policy that draws its turn from the request's seed, as sampling does, and answers late and out of order."""

@@ -7,8 +7,6 @@ from environments import choose_tasks, replay, turn_limit
 from environments.scienceworld import ScienceWorld, with_seen_names
 from environments.workers import EnvironmentPool, Playing, play
 
-pytestmark = pytest.mark.xdist_group("scienceworld")
-
 TASK = "scienceworld/lifespan-longest-lived/0"
 
 
