@@ -37,7 +37,8 @@ IMPOSSIBLE = re.compile(r"\bis (?:not|never) (?:possible|valid|feasible)\b|\bis 
 ACTS = re.compile(r"(?:(?:now|next|first|then|so),? )?(?:I will|I'll|I shall|I am going to|I'm going to|let me|let us|let's) "
                   r"(?!not |never |likely |probably |be |have |find |need |get |lose |gain |waste |miss )[^,;:]*", re.IGNORECASE)
 FINITE = re.compile(r"\b(?:is|are|was|were|would|will|may|might|can|could|should|must|do|does|did|has|have|had|seems?|appears?|"
-                    r"makes?|helps?|leads?|brings?|gives?|gets?|wastes?|takes me|moves me)\b|n['’]t\b", re.IGNORECASE)
+                    r"makes?|helps?|leads?|brings?|gives?|gets?|wastes?|takes|moves|costs|shows|keeps|leaves|looks|needs|allows|"
+                    r"advances|provides|serves|risks|ends|fails|works|contributes|follows|requires)\b|n['’]t\b", re.IGNORECASE)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,13 +64,14 @@ def critique_prompt(rollout: dict, trajectory: dict) -> list[str]:
                          history=steps_text(trajectory["steps"][:rollout["step"] - 1]))
 
 
-def acts(text: str, verbs: set[str]) -> bool:
-    """Whether the text takes an action instead of judging one: it has a turn's tag, announces an action, or opens
-    with one (`verbs` are the words that actions begin with)."""
+def acts(text: str, actions: set[str]) -> bool:
+    """Whether the text takes an action instead of judging one: it has a turn's tag, announces an action, opens with one,
+    ends its first sentence with one after a colon, or tells what "I" do and states nothing."""
     opening = first_sentences(text, 1).rstrip(".!") or text.split("\n")[0]
-    opens_with_action = opening.split(" ")[0].lower() in verbs and not FINITE.search(opening)
+    opens_with_action = opening.split(" ")[0].lower() in {action.split()[0] for action in actions} and not FINITE.search(opening)
     return bool(re.search(r"^\W*(?:Action|Thought|Observation)\W*:", text, re.MULTILINE) or ACTS.fullmatch(opening)
-                or opens_with_action)
+                or opens_with_action or normalise(opening.rpartition(":")[2]) in actions
+                or re.match(r"I \w+", opening) and not FINITE.search(text))
 
 
 def judges_another(text: str, action: str, others: set[str]) -> bool:
@@ -98,7 +100,7 @@ def check_critique(rollout: dict, prompt: list[str], output: Output, others: Col
     if re.search(r"^\s*(?:[-*•]|\d+[.)]) ", text, re.MULTILINE):
         return text, "a list"
     known = {normalise(step["action"]) for step in rollout["steps"]}.union(map(normalise, others)) - {""}
-    if acts(text, {each.split()[0] for each in known}):
+    if acts(text, known):
         return text, "acts instead of judging"
     text = first_sentences(text.split("\n\n")[0], 3)
     if len(text.split()) < 5:

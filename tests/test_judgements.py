@@ -70,6 +70,8 @@ def test_a_good_critique_is_taken_without_its_tag_and_cut_to_three_sentences():
     ("Action Evaluation: teleport to outside", "acts instead of judging"),
     ("Action Evaluation: Go to drawer 3. It is the next one to look into.", "acts instead of judging"),
     ("Action Evaluation: I will now go to the outside. There is more to see.", "acts instead of judging"),
+    ("Action Evaluation: I think about the situation and plan, then act: teleport to outside.", "acts instead of judging"),
+    ("Action Evaluation: My thoughts are on the mug: teleport to kitchen. It is there.", "acts instead of judging"),
     ("Action Evaluation: The mug is on the shelf.\nAction: take mug 1 from shelf 2", "acts instead of judging"),
     ("Action Evaluation: Going to the drawer 4 is possible and may show a mug.", "judges another action"),
     ("<think>Action Evaluation: Taking the mug is possible here.", "no tag"),
