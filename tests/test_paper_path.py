@@ -108,7 +108,7 @@ def test_the_plan_of_the_papers_profile_is_known_to_the_letter(env, tmp_path):
     (tmp_path / "p" / ".venv").symlink_to(ROOT / ".venv")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ALFWORLD"))}
     done = subprocess.run(["make", "-n", "all", "PROFILE=paper", f"ENV={env}", "PUBLISHED=published.json", "ITERS=1",
-                           "-o", "published.json"], cwd=tmp_path / "p", text=True, capture_output=True, timeout=60,
+                           "-o", "published.json", "-o", "requirements.txt"], cwd=tmp_path / "p", text=True, capture_output=True, timeout=60,
                           env=clean | {"HOME": str(tmp_path)})
     plan = "".join(re.sub(" +", " ", line).strip() + "\n" for line in done.stdout.splitlines() if "python" in line or "accelerate" in line)
     assert done.returncode == 0 and "small" not in plan, done.stderr
