@@ -259,7 +259,8 @@ def test_the_splits_are_those_of_the_stock_loader_and_what_is_left_out_is_said_o
         content = json.loads(game.read_text())
         content.pop("solvable") if said == "missing" else content.update(solvable=said)
         game.write_text(json.dumps(content | {"walkthrough": ["look"] * 2000}))  # the answer is not at the file's end
-    for name in ("pick_and_place_with_movable_recep-Mug-Pan-Desk-1", "pick_and_place_simple-AppleSliced-None-Desk-1", "juggle-Mug-None-Desk-1"):
+    for name in ("pick_and_place_with_movable_recep-Mug-Pan-Desk-1", "pick_and_place_simple-AppleSliced-None-Desk-1",
+                 "juggle-Mug-None-Desk-1"):
         shutil.copytree(games[-1].parent.parent, games[-1].parent.parent.with_name(name))
     tasks = game_tasks("seen", tmp_path)
     assert [task.split("/")[-1] for task in tasks] == [game.parent.name for game in games[3:]]

@@ -110,7 +110,8 @@ def test_the_plan_of_the_papers_profile_is_known_to_the_letter(env, tmp_path):
     done = subprocess.run(["make", "-n", "all", "PROFILE=paper", f"ENV={env}", "PUBLISHED=published.json", "ITERS=1",
                            "-o", "published.json", "-o", "requirements.txt"], cwd=tmp_path / "p", text=True, capture_output=True, timeout=60,
                           env=clean | {"HOME": str(tmp_path)})
-    plan = "".join(re.sub(" +", " ", line).strip() + "\n" for line in done.stdout.splitlines() if "python" in line or "accelerate" in line)
+    commands = (line for line in done.stdout.splitlines() if "python" in line or "accelerate" in line)
+    plan = "".join(re.sub(" +", " ", line).strip() + "\n" for line in commands)
     assert done.returncode == 0 and "small" not in plan, done.stderr
     print(plan)
     assert plan == (Path(__file__).with_name("plans") / f"{env}.txt").read_text()

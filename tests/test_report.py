@@ -128,7 +128,8 @@ def test_an_example_is_shown_in_the_first_turn_one_for_all_or_one_a_type():
     assert choose_example("alfworld/valid_seen/cool-Mug-None-Desk-1/t", games) is games[0]
     turns = dialogue("scienceworld/melt/9", "Find a plant.", [step("go")], experts[1])
     assert turns[0].endswith("another task.\nscienceworld/melt/2\nAction: wait\n\nHere is your task.\nFind a plant.")
-    assert turns[1:] == ["Action: go", "Observation: a room"] and dialogue("scienceworld/melt/9", "x", [])[0].endswith("\n\nHere is your task.\nx")
+    assert turns[1:] == ["Action: go", "Observation: a room"]
+    assert dialogue("scienceworld/melt/9", "x", [])[0].endswith("\n\nHere is your task.\nx")
 
 
 # --- Reports ------------------------------------------------------------------------------------------------------
