@@ -175,7 +175,7 @@ def critique(args: argparse.Namespace) -> None:
             output.write(critique_row(rollout, text, errors))
         rows = [output.done[key] for key in rollouts]
         templates = sum(row["used_template"] for row in rows)
-        retried = sum(bool(row["draft_errors"]) for row in rows) - (templates if args.attempts else 0)
+        retried = sum(bool(row["draft_errors"]) and not row["used_template"] for row in rows)
         reasons = Counter(reason for row in rows for reason in row["draft_errors"])
         output.finish(rows, {"retried": retried, "templates": templates, "draft errors": reasons})
     if engine:

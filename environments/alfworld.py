@@ -267,10 +267,10 @@ def game_tasks(split: str, root: Path) -> list[str]:
 def why_left_out(game: Path) -> str | None:
     """Why the stock loader does not play a game; None if it does. A game file says at its end whether it can be
     solved, so that only that is read."""
-    kind = game.parent.parent.name.partition("-")[0]
-    if "movable" in game.parent.parent.name or "Sliced" in game.parent.parent.name:
+    name = game.parent.parent.name
+    if "movable" in name or "Sliced" in name:
         return "with movable receptacles or slices"
-    if kind not in TASK_TYPES:
+    if name.partition("-")[0] not in TASK_TYPES:
         return "of another task type"
     with open(game, "rb") as file:
         file.seek(max(0, game.stat().st_size - 4096))
