@@ -42,6 +42,9 @@ SHELL := /bin/bash
 #: MAX_LIVE       requests or episodes in flight
 #: CHAT_ARGS      what chat templates are given, such as '{"enable_thinking": true}'; empty: no thinking, one fixed date
 #: ENGINE_ARGS    more of vLLM's EngineArgs, such as '{"tensor_parallel_size": 2}'
+#: API_BASE       a server of the policy, such as http://localhost:8000/v1 of `vllm serve runs/RUN/iter0/model`, for one stage or
+#:                `make iter`: the next iteration needs a server of the next model; empty: vLLM in the stage
+#: JUDGE_BASE     a server of CRITIC, the frozen base model; empty: vLLM in the stage
 #: LAUNCH         how training starts: Python, or accelerate's launcher for several devices
 #: SEED           of everything
 PROFILE ?= laptop
@@ -219,7 +222,9 @@ ASK = --model $(strip $(CRITIC)) --attempts $(strip $(ATTEMPTS)) --seed $(strip 
 SMALL = $(if $(filter recover-only,$(VARIANT)),--recover-only,$(if $(SMALL_MODEL),--small-model))
 SYNTHESIZE = $(ASK) $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(addprefix --expert-switch ,$(strip $(SWITCH))) $(SMALL)))
 EVALUATE = --env $(strip $(ENV)) $(addprefix --tasks ,$(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS)) $(CONTEXT)
-ENGINE = --max-live $(strip $(MAX_LIVE)) $(if $(strip $(ENGINE_ARGS)),--engine-args '$(strip $(ENGINE_ARGS))')
+engine = --max-live $(strip $(MAX_LIVE)) $(if $(strip $1),--api-base $(strip $1),$(if $(strip $(ENGINE_ARGS)),--engine-args '$(strip $(ENGINE_ARGS))'))
+ENGINE = $(call engine,$(API_BASE))
+JUDGE_ENGINE = $(call engine,$(JUDGE_BASE))
 
 # A file NAME.options holds the options and the digest of the code that something is made with: USES_NAME. It is rewritten,
 # and so newer, only when they change. Comparing while the Makefile is read keeps `make -n` truthful.
@@ -282,10 +287,10 @@ $(IN_SHARED:%=%/rollouts.jsonl): $$(@D)/candidates.jsonl $(ENV_PROMPT) $(TASK_TA
 	$(PYTHON) stage2_rollout.py --model $(POLICY) --trajectories $(EXPERTS) --candidates $< $(ROLLOUT) $(ENGINE) --out $@
 
 $(IN_EACH:%=%/critiques.jsonl): $$(SHARED)/rollouts.jsonl prompts/critique.txt $(I)/critique.options | $(JUDGE)
-	$(PYTHON) stage3_critique.py --trajectories $(EXPERTS) --rollouts $< $(ASK) $(ENGINE) --out $@
+	$(PYTHON) stage3_critique.py --trajectories $(EXPERTS) --rollouts $< $(ASK) $(JUDGE_ENGINE) --out $@
 
 $(IN_EACH:%=%/deliberations.jsonl): $$(EXPERTS) $$(SAMPLED) $$(JUDGED) prompts/deliberation.txt $(I)/synthesize.options | $(JUDGE)
-	$(PYTHON) stage4_synthesize.py --trajectories $(EXPERTS) $(addprefix --candidates ,$(SAMPLED)) $(if $(JUDGED),--rollouts $(firstword $(JUDGED)) --critiques $(lastword $(JUDGED))) $(SYNTHESIZE) $(ENGINE) --out $@
+	$(PYTHON) stage4_synthesize.py --trajectories $(EXPERTS) $(addprefix --candidates ,$(SAMPLED)) $(if $(JUDGED),--rollouts $(firstword $(JUDGED)) --critiques $(lastword $(JUDGED))) $(SYNTHESIZE) $(JUDGE_ENGINE) --out $@
 
 ifneq ($(VARIANT),more-sft)
 $(MODELS): $$(I)/iter$$(K)/deliberations.jsonl $$(POLICY)/config.json $(ENV_PROMPT) $(R)/finetune$$(filter 1,$$(K)).options | $(READY)

@@ -209,11 +209,17 @@ class ServerEngine(Engine):
         self.pending: dict = {}
 
     def _served_models(self, client) -> dict[str, dict]:
-        """{model: what the server says of it} of the models that it lists; some answer with the bare list."""
+        """{model: what the server says of it} of the models that it lists; some answer with the bare list. One that
+        is dead, or still loads its model, is asked again."""
         import httpx2  # the client's own
         import openai
         try:
-            listed = client.get("/models", cast_to=httpx2.Response).json()
+            try:
+                reply = client.get("/models", cast_to=httpx2.Response)
+            except (openai.APIConnectionError, openai.InternalServerError):
+                print(f"{self.api_base} does not answer; asking again, {self.tries} times", file=sys.stderr)
+                reply = client.with_options(max_retries=self.tries - 1).get("/models", cast_to=httpx2.Response)
+            listed = reply.json()
             return {entry["id"]: entry for entry in (listed if isinstance(listed, list) else listed["data"])}
         except openai.APIConnectionError:
             raise UserError(f"no server answers at {self.api_base}; start one (vllm serve MODEL) or mend --api-base") from None

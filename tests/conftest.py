@@ -41,8 +41,9 @@ def pytest_configure(config):
 
 
 # Each of their tests is a job of its own for the processes that share the tests; other files, whose tests share what is slow to
-# make, are one job.
+# make, are one job, and those that need the engine are one together.
 APART = ("test_environments.py", "test_faults.py", "test_paper_path.py", "test_servers.py", "test_soak.py", "test_stages.py")
+ENGINE = ("test_engine.py", "test_scheduler.py")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -51,8 +52,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Jobs(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
-            return nodeid if Path(file).name in APART else file
+            file = Path(nodeid.partition("::")[0]).name
+            return nodeid if file in APART else "engine" if file in ENGINE else file
 
     return Jobs(config, log)
 

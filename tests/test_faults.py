@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -361,41 +360,6 @@ def test_a_failed_rollout_is_neither_judged_nor_compared(script, scripted, tmp_p
     assert [each["action"] for each in step["candidates"]] == ["look around", "fly"] and "failed_attempts" not in step
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("live", [8, 1])
-def test_out_of_memory_halves_what_is_in_flight(live, engine, monkeypatch, capsys):
-    """The error comes where a GPU's comes: in the model, when the scheduler has already counted the step as done."""
-    import torch
-    executor = engine.engine.engine_core.engine_core.model_executor
-    steps, execute = [], executor.execute_model
-
-    def fail_once(*arguments, **options):
-        steps.append(1)
-        if len(steps) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return execute(*arguments, **options)
-
-    def requests(step=1):
-        return ((n, [f"Count from {n} to {n + 9}."],
-                 {"temperature": n % 2, "max_tokens": 12, "seed": n, "n": 1 + n % 2}) for n in range(0, 12, step))
-
-    monkeypatch.setattr(executor, "execute_model", fail_once)
-    monkeypatch.setattr(engine, "most", float("inf"))
-    if live == 1:
-        with pytest.raises(UserError, match="out of memory with a single request in flight"):
-            list(generate(engine, requests(), live))
-        engine.engine.abort_request(list(engine.running))
-        engine.running.clear()
-        return
-    answers = dict(generate(engine, requests(), live))
-    said = "out of memory with 8 requests in flight; going on with at most 4"
-    assert engine.most == 4 and said in capsys.readouterr().err
-    assert {n: len(outputs) for n, outputs in answers.items()} == {n: 1 + n % 2 for n in range(12)}
-    alone = dict(generate(engine, requests(step=2), 1))
-    same = sum(answers[n][0].text == alone[n][0].text for n in alone)
-    assert same >= 4  # bf16 rounds otherwise in other batches
-
-
 # --- Files --------------------------------------------------------------------------------------------------------
 
 
@@ -538,36 +502,6 @@ def test_a_sidecar_says_where_a_file_comes_from_and_verify_what_no_longer_matche
 
 
 # --- Security -----------------------------------------------------------------------------------------------------
-
-LISTEN = """
-import os, sys
-def note(event, arguments):
-    if event in ("socket.connect", "socket.getaddrinfo"):
-        with open(os.environ["CALLS"], "a") as file:
-            print(event, arguments[1] if event == "socket.connect" else arguments[0], file=file)
-sys.addaudithook(note)
-"""
-
-
-@pytest.mark.slow
-def test_nobody_is_called_but_the_server_that_the_user_named(script, scripted, tiny_model, tmp_path):
-    """Python reports every connection of a stage's processes: to itself, to its Java, and to --api-base."""
-    (tmp_path / "listen").mkdir()
-    (tmp_path / "listen" / "sitecustomize.py").write_text(LISTEN)
-    write(tmp_path / "expert.jsonl", ROW)
-    calls = tmp_path / "calls"
-    environment = {"PYTHONPATH": str(tmp_path / "listen"), "CALLS": str(calls), "HF_HUB_OFFLINE": "0"}
-    for command in ((*SAMPLE, "--max-tokens", 2, "--n-samples", 1), (*TRAIN[:-1], tiny_model, "--lora-rank", 2),
-                    ("evaluate.py", "run", "--env", "scienceworld", "--tasks", 1, "--max-turns", 1, "--out", "out",
-                     "--api-base", scripted, "--model", "m")):
-        done = script(*command, **environment)
-        assert done.returncode == 0, done.stderr
-    called = set(calls.read_text().splitlines())
-    assert f"socket.connect ('127.0.0.1', {scripted.split(':')[2].removesuffix('/v1')})" in called
-    here = re.compile(rf"socket\.connect \('(127\.0\.0\.1|::1)', .*\)|socket\.getaddrinfo (127\.0\.0\.1|::1|localhost|"
-                      rf"{re.escape(socket.gethostname())})")
-    assert not [call for call in called if not here.fullmatch(call)]
-
 
 def test_an_archive_cannot_write_outside_its_folder(script, tmp_path):
     import zipfile

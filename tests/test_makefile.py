@@ -5,33 +5,50 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, ScriptedServer, serve
 
 pytestmark = pytest.mark.slow
 SMALLEST = ["RUN=t", "TASKS=1", "TEST_TASKS=1", "ITERS=1", "N=2", "MAX_TURNS=4", "MAX_TOKENS=24", "EPOCHS=1 1 1",
-            "TYPES=lifespan-longest-lived", "TEMPERATURE=1", "ATTEMPTS=1"]
+            "TYPES=lifespan-longest-lived", "TEMPERATURE=1", "ATTEMPTS=1", "CRITIC=m"]
 ITERATION = ["stage1_sample", "stage2_rollout", "stage3_critique", "stage4_synthesize", "stage5_finetune", "evaluate run"]
 TRAINED = ["stage0_sft train", "evaluate run"]
 
 
-class Project:
-    """A copy of the project that shares this checkout's set-up."""
+LISTEN = """
+import os, sys
+def note(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        with open(os.environ["CALLS"], "a") as file:
+            print(event, arguments[1] if event == "socket.connect" else arguments[0], file=file)
+sys.addaudithook(note)
+"""
 
-    def __init__(self, folder):
+
+class Project:
+    """A copy of the project that shares this checkout's set-up. `judge` is the base model's server, of stages 3 and 4;
+    each connection that a process makes is in the file `calls`."""
+
+    def __init__(self, folder, judge=""):
         ignored = shutil.ignore_patterns(".git", ".venv", "models", "runs", "games", "__pycache__", ".pytest_cache")
         shutil.copytree(ROOT, folder, ignore=ignored)
         for name in (".venv", "models"):
             (folder / name).symlink_to(ROOT / name)
-        self.folder, self.run = folder, folder / "runs" / "t"
+        (folder.parent / "listen").mkdir()
+        (folder.parent / "listen" / "sitecustomize.py").write_text(LISTEN)
+        self.folder, self.run, self.calls = folder, folder / "runs" / "t", folder.parent / "calls"
+        self.variables, self.port = [*SMALLEST, f"JUDGE_BASE={judge}"], "".join(re.findall(r":(\d+)", judge))
 
     def start(self, *arguments, **variables):
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-        return subprocess.Popen(["make", *SMALLEST, *arguments], cwd=self.folder, text=True, start_new_session=True,
+        environment |= {"PYTHONPATH": str(self.folder.parent / "listen"), "CALLS": str(self.calls), "HF_HUB_OFFLINE": "0"}
+        return subprocess.Popen(["make", *self.variables, *arguments], cwd=self.folder, text=True, start_new_session=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment | variables)
 
     def make(self, *arguments):
@@ -51,13 +68,24 @@ class Project:
         return [json.loads(line) for line in (self.run / name).read_text().splitlines()]
 
 
+class Judge(ScriptedServer):
+    """The base model, which answers as many requests as it may."""
+    may = threading.Semaphore(1_000_000)
+
+    def answer(self, request):
+        self.may.acquire()
+        super().answer(request)
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A finished `make all`."""
-    project = Project(tmp_path_factory.mktemp("make") / "project")
+    """A finished `make all`, with the real policy and a scripted judge."""
+    server, address = serve(Judge)
+    project = Project(tmp_path_factory.mktemp("make") / "project", address)
     status, project.printed, stderr = project.make("all")
     assert status == 0, stderr
-    return project
+    yield project
+    server.shutdown()
 
 
 def scripts(*names):
@@ -75,6 +103,15 @@ def test_make_all_ends_in_a_table(project):
         assert re.findall(r"^\| (\S+) \| \d\.\d{3} \[", text, re.MULTILINE) == ["base", "SFT", "SAND-1"]
         assert re.search(r"^\| iter1 \| \d of 3 \(\d+ %\) \|", text, re.MULTILINE)
     assert (project.run / "figure3.png").stat().st_size > 5000
+
+
+def test_nobody_is_called_but_the_server_that_the_user_named(project):
+    """Python reports every connection of a whole run's processes: to themselves, to their Java, and to JUDGE_BASE."""
+    called = set(project.calls.read_text().splitlines())
+    assert f"socket.connect ('127.0.0.1', {project.port})" in called
+    here = re.compile(rf"socket\.connect \('(127\.0\.0\.1|::1)', .*\)|socket\.getaddrinfo (127\.0\.0\.1|::1|localhost|"
+                      rf"{re.escape(socket.gethostname())})")
+    assert not [call for call in called if not here.fullmatch(call)]
 
 
 def test_the_rows_of_the_stages_join(project):
@@ -135,6 +172,8 @@ EVERYTHING_TRAINED = [*TRAINED, *ITERATION]
     ("ITERS=2", ITERATION),
     ("MAX_LIVE=4", []),
     ('ENGINE_ARGS={"max_num_seqs": 4}', []),
+    ("API_BASE=http://elsewhere/v1", []),
+    ("JUDGE_BASE=", []),
     ("VARIANT=no-sas", ITERATION[3:]),
     ("VARIANT=no-eac", ITERATION[3:]),
     ("VARIANT=recover-only", ITERATION[2:]),
@@ -185,18 +224,20 @@ def test_iter_makes_one_iteration_and_takes_earlier_ones_as_they_are(project):
     assert status == 2 and "iteration 3 begins with runs/t/iter2/deliberations.jsonl" in stderr
 
 
-def test_a_kill_loses_nothing_and_only_the_rest_is_made(project):
+def test_a_kill_loses_nothing_and_only_the_rest_is_made(project, monkeypatch):
     """An edited prompt, a kill -9 of everything in the middle of stage 3, and `make` again."""
     goal, before = "runs/t/iter1/critiques.jsonl", project.rows("iter1/critiques.jsonl")
     prompt = project.folder / "prompts" / "critique.txt"
     prompt.write_text(prompt.read_text() + "\n")
     part = project.run / "iter1" / "critiques.jsonl.part"
+    monkeypatch.setattr(Judge, "may", threading.Semaphore(2))
     killed = project.start(goal)
     while not part.exists() or part.read_text().count("\n") < 3:  # its header and two rows
         assert killed.poll() is None, "stage 3 ended before it could be killed"
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
+    monkeypatch.undo()
     kept = [json.loads(line) for line in part.read_text().splitlines()[1:]]
     assert project.rows("iter1/critiques.jsonl") == before
     assert project.plan() == scripts(*ITERATION[2:])
@@ -275,7 +316,7 @@ def test_help_explains_targets_and_variables_and_shows_their_values(project):
     assert re.search(r"^  RUN +\S.* \[t\]$", stdout, re.MULTILINE) and re.search(r"^  TASKS +\S.* \[3\]$", stdout, re.MULTILINE)
     explained = set(re.findall(r"^  ([A-Z_]+) ", stdout, re.MULTILINE))
     settable = set(re.findall(r"^([A-Z_]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert settable - {"ALFWORLD_DATA", "PYTHON3"} <= explained and len(explained) <= 29
+    assert settable - {"ALFWORLD_DATA", "PYTHON3"} <= explained and len(explained) <= 31
 
 
 def test_an_ablation_leaves_out_its_stages_and_leaves_the_run_as_it_is(project):
