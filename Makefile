@@ -45,6 +45,7 @@ SHELL := /bin/bash
 #: API_BASE       a server of the policy, such as http://localhost:8000/v1 of `vllm serve runs/RUN/iter0/model`, for one stage or
 #:                `make iter`: the next iteration needs a server of the next model; empty: vLLM in the stage
 #: JUDGE_BASE     a server of CRITIC, the frozen base model; empty: vLLM in the stage
+#: GENERATE       how stages that generate start: Python, or a launcher of one process a GPU (torchrun, srun); the tasks are shared
 #: LAUNCH         how training starts: Python, or accelerate's launcher for several devices
 #: SEED           of everything
 PROFILE ?= laptop
@@ -111,8 +112,10 @@ MAX_TOKENS ?= 1024
 # Deliberations of long trajectories go beyond 8192.
 MAX_MODEL_LEN ?= 16384
 MAX_LIVE ?= 128
-# With Adam's state eight billion weights do not fit on one GPU.
-LAUNCH ?= $(VENV)/bin/accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
+# One process on each GPU of this host.
+GENERATE ?= $(VENV)/bin/torchrun --standalone --nproc-per-node gpu
+# With Adam's state eight billion weights do not fit on one GPU. Activations are computed twice: else they do not fit on eight.
+LAUNCH ?= $(VENV)/bin/accelerate launch --num_machines 1 --num_processes $(GPUS) --mixed_precision bf16 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_activation_checkpointing true
 else
 $(error PROFILE is '$(PROFILE)'; it can be laptop, small or paper)
 endif
@@ -134,7 +137,9 @@ endif
 ITER ?= 1
 TEMPERATURE ?= 1.0
 SEED ?= 0
+GENERATE ?= $(PYTHON)
 LAUNCH ?= $(PYTHON)
+GPUS = $(or $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU),$(error PROFILE=paper trains on GPUs, and nvidia-smi shows none; set LAUNCH))
 
 # ALFWorld's games: ALFWORLD_DATA, the package's own folder, else the practice games, which say so in the run's name.
 ifeq ($(ENV),alfworld)
@@ -223,6 +228,8 @@ SMALL = $(if $(filter recover-only,$(VARIANT)),--recover-only,$(if $(SMALL_MODEL
 SYNTHESIZE = $(ASK) $(if $(filter no-sas,$(VARIANT)),--propose $(strip $(N)),$(if $(filter no-eac,$(VARIANT)),,$(addprefix --expert-switch ,$(strip $(SWITCH))) $(SMALL)))
 EVALUATE = --env $(strip $(ENV)) $(addprefix --tasks ,$(strip $(TEST_TASKS))) $(SELECT) --max-tokens $(strip $(MAX_TOKENS)) $(CONTEXT)
 engine = --max-live $(strip $(MAX_LIVE)) $(if $(strip $1),--api-base $(strip $1),$(if $(strip $(ENGINE_ARGS)),--engine-args '$(strip $(ENGINE_ARGS))'))
+# A server has GPUs of its own: one process is enough to ask it.
+start = $(if $(strip $1),$(PYTHON),$(GENERATE))
 ENGINE = $(call engine,$(API_BASE))
 JUDGE_ENGINE = $(call engine,$(JUDGE_BASE))
 
@@ -281,16 +288,16 @@ IN_EACH := $(ITERATIONS:%=$(I)/iter%)
 MODELS := $(IN_EACH:%=%/model/config.json)
 
 $(IN_SHARED:%=%/candidates.jsonl): $$(EXPERTS) $$(POLICY)/config.json $(ENV_PROMPT) $(R)/sample.options | $(READY)
-	$(PYTHON) stage1_sample.py --model $(POLICY) --trajectories $(EXPERTS) $(SAMPLE) $(ENGINE) --out $@
+	$(call start,$(API_BASE)) stage1_sample.py --model $(POLICY) --trajectories $(EXPERTS) $(SAMPLE) $(ENGINE) --out $@
 
 $(IN_SHARED:%=%/rollouts.jsonl): $$(@D)/candidates.jsonl $(ENV_PROMPT) $(TASK_TABLE) $(R)/rollout.options | $(READY)
-	$(PYTHON) stage2_rollout.py --model $(POLICY) --trajectories $(EXPERTS) --candidates $< $(ROLLOUT) $(ENGINE) --out $@
+	$(call start,$(API_BASE)) stage2_rollout.py --model $(POLICY) --trajectories $(EXPERTS) --candidates $< $(ROLLOUT) $(ENGINE) --out $@
 
 $(IN_EACH:%=%/critiques.jsonl): $$(SHARED)/rollouts.jsonl prompts/critique.txt $(I)/critique.options | $(JUDGE)
-	$(PYTHON) stage3_critique.py --trajectories $(EXPERTS) --rollouts $< $(ASK) $(JUDGE_ENGINE) --out $@
+	$(call start,$(JUDGE_BASE)) stage3_critique.py --trajectories $(EXPERTS) --rollouts $< $(ASK) $(JUDGE_ENGINE) --out $@
 
 $(IN_EACH:%=%/deliberations.jsonl): $$(EXPERTS) $$(SAMPLED) $$(JUDGED) prompts/deliberation.txt $(I)/synthesize.options | $(JUDGE)
-	$(PYTHON) stage4_synthesize.py --trajectories $(EXPERTS) $(addprefix --candidates ,$(SAMPLED)) $(if $(JUDGED),--rollouts $(firstword $(JUDGED)) --critiques $(lastword $(JUDGED))) $(SYNTHESIZE) $(JUDGE_ENGINE) --out $@
+	$(call start,$(JUDGE_BASE)) stage4_synthesize.py --trajectories $(EXPERTS) $(addprefix --candidates ,$(SAMPLED)) $(if $(JUDGED),--rollouts $(firstword $(JUDGED)) --critiques $(lastword $(JUDGED))) $(SYNTHESIZE) $(JUDGE_ENGINE) --out $@
 
 ifneq ($(VARIANT),more-sft)
 $(MODELS): $$(I)/iter$$(K)/deliberations.jsonl $$(POLICY)/config.json $(ENV_PROMPT) $(R)/finetune$$(filter 1,$$(K)).options | $(READY)
@@ -313,18 +320,18 @@ endif
 EVALUATION = $(ENV_PROMPT) $(TASK_TABLE) $(R)/evaluate.options | $(READY)
 
 %/eval-seen.jsonl %/eval-unseen.jsonl: %/model/config.json $(EVALUATION)
-	$(PYTHON) evaluate.py run --model $(<D) $(EVALUATE) $(ENGINE) --out $(@D)
+	$(call start,$(API_BASE)) evaluate.py run --model $(<D) $(EVALUATE) $(ENGINE) --out $(@D)
 
 # The base model as a prompted agent, with an expert trajectory in its prompt (section 5.2).
 $(R)/base/eval-seen.jsonl $(R)/base/eval-unseen.jsonl &: $(R)/expert.jsonl $(R)/base.options $(EVALUATION) $(BASE)
-	$(PYTHON) evaluate.py run --model $(MODEL) --example $< $(EVALUATE) $(ENGINE) --out $(@D)
+	$(call start,$(API_BASE)) evaluate.py run --model $(MODEL) --example $< $(EVALUATE) $(ENGINE) --out $(@D)
 
 # With the weights the same: what is deliberating itself worth?
 %/no-deliberation/eval-seen.jsonl %/no-deliberation/eval-unseen.jsonl: %/model/config.json $(EVALUATION)
-	$(PYTHON) evaluate.py run --model $(<D) --no-deliberation $(EVALUATE) $(ENGINE) --out $(@D)
+	$(call start,$(API_BASE)) evaluate.py run --model $(<D) --no-deliberation $(EVALUATE) $(ENGINE) --out $(@D)
 
 %/best-of-5/eval-seen.jsonl %/best-of-5/eval-unseen.jsonl: %/model/config.json $(EVALUATION)
-	$(PYTHON) evaluate.py run --model $(<D) --best-of 5 --temperature 1 $(EVALUATE) $(ENGINE) --out $(@D)
+	$(call start,$(API_BASE)) evaluate.py run --model $(<D) --best-of 5 --temperature 1 $(EVALUATE) $(ENGINE) --out $(@D)
 
 # Outputs appear whole or not at all, so make need not delete any when it is stopped just as a stage ends.
 .PRECIOUS: $(R)/expert.jsonl $(R)/iter0/model/config.json $(foreach name,candidates rollouts critiques deliberations,$(addsuffix /$(name).jsonl,$(IN_SHARED) $(IN_EACH))) \

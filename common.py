@@ -24,13 +24,17 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from typing_extensions import NotRequired, TypedDict
 
@@ -45,6 +49,8 @@ class UserError(Exception):
 def run_stage(main: Callable[[], None]) -> None:
     """Run a script's main; turn what a user can mend into one line on stderr instead of a traceback."""
     name = Path(sys.argv[0]).name
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
         main()
     except UserError as error:
@@ -55,6 +61,13 @@ def run_stage(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def end_with(launcher: int) -> None:
+    """End when torchrun does: a kill -9 would leave its processes at work, and their locks held."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # --- Rows --------------------------------------------------------------------------------------------------------
@@ -177,49 +190,64 @@ def check_row(row: object, kind: type, where: str) -> None:
 # --- Files -------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path | str) -> list:
-    """The values of a JSONL file. A last line that was cut off, by a kill or a full disk, is dropped with a
-    message; any other line that is not JSON is an error that names it."""
-    values: list = []
+def read_lines(path: Path | str) -> Iterator[tuple[object, int]]:
+    """The values of a JSONL file, each with its line's length in bytes. A last line that was cut off, by a kill or a full
+    disk, is dropped with a message; any other line that is not JSON is an error that names it."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    values.append(json.loads(line.decode()))
+                    value = json.loads(line.decode())
                 except (ValueError, RecursionError) as error:
                     if not line.endswith(b"\n"):
                         print(f"{path}: dropped its last line, number {number}, which was cut off", file=sys.stderr)
-                        break
+                        return
                     reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                     raise UserError(f"{path}:{number}: not valid JSON ({reason}); mend or delete the line") from None
+                yield value, len(line)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it first") from None
-    return values
 
 
-def read_rows(path: Path | str, kind: type, may_be_empty: bool = False) -> list[dict]:
-    """Read a JSONL file of rows of a kind. Errors name the file, the line and the field."""
-    rows = read_lines(path)
+def checked_rows(path: Path | str, kind: type, may_be_empty: bool = False) -> Iterator[tuple[dict, int]]:
+    """The rows of a kind, each with its line's length in bytes. Errors name the file, the line and the field."""
     written = sidecar(Path(path)).get("format", FORMAT)
     if written != FORMAT:
         raise UserError(f"{path}: was written in format {written}, this version reads format {FORMAT}; "
                         "run the stage that writes it again")
     lines: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
+    for number, (row, length) in enumerate(read_lines(path), 1):
         check_row(row, kind, f"{path}:{number}")
         if lines.setdefault(row["key"], number) != number:
             raise UserError(f"{path}:{number}: the key '{row['key']}' is that of line {lines[row['key']]}, too; "
                             "keys name rows and must be unique")
-    if not rows and not may_be_empty:
+        yield row, length
+    if not lines and not may_be_empty:
         raise UserError(f"{path}: has no rows; run the stage that writes it again")
+
+
+def read_rows(path: Path | str, kind: type, may_be_empty: bool = False) -> list[dict]:
+    """Read a JSONL file of rows of a kind."""
+    return [row for row, _ in checked_rows(path, kind, may_be_empty)]
+
+
+def index_rows(path: Path | str, kind: type, may_be_empty: bool = False) -> Kept:
+    """{key: row} of a file that is too large for memory: a row is read from the disk when it is asked for."""
+    rows = Kept()
+    rows.ends[Path(path)] = 0
+    for row, length in checked_rows(path, kind, may_be_empty):
+        rows.add(row["key"], Path(path), length)
     return rows
 
 
-def write_rows(path: Path | str, rows: Iterable[dict]) -> None:
-    """Write a JSONL file atomically: readers, Make included, see the whole file or none."""
+def write_rows(path: Path | str, rows: Iterable[dict]) -> int:
+    """Write a JSONL file atomically: readers, Make included, see the whole file or none. -> the number of rows"""
     import jsonlines
+    number = 0
     with writing(path) as file, jsonlines.Writer(file) as writer:
-        writer.write_all(rows)
+        for number, row in enumerate(rows, 1):
+            writer.write(row)
+    return number
 
 
 def write_json(path: Path | str, value: dict) -> None:
@@ -250,6 +278,10 @@ def cannot_write(path: Path | str, error: OSError) -> UserError:
                      "is kept")
 
 
+class Held(UserError):
+    """Another process is writing the file."""
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold .NAME.lock while NAME is being written, so that two runs never write the same output.
@@ -267,7 +299,7 @@ def locked(path: Path) -> Iterator[None]:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}", encoding="utf-8")
     except Timeout:
         who = holder.read_text(encoding="utf-8") or "another process"
-        raise UserError(f"{path}: is being written by {who}; wait for it or stop it") from None
+        raise Held(f"{path}: is being written by {who}; wait for it or stop it") from None
     except OSError as error:
         raise cannot_write(path, error) from None
     try:
@@ -382,10 +414,14 @@ class StageOutput:
         for item in items:
             if item["key"] not in output.done:
                 output.write(row)
-        output.finish(rows, counts)    # the final rows, in order: OUT appears in one atomic step, after its sidecar
+        if join((output, items)):
+            output.finish(rows, counts)  # the final rows, in order: OUT appears in one atomic step, after its sidecar
 
-    The first line of OUT.part holds the fingerprint of settings, inputs and code: rows made with others are not
-    mixed in. They go when the first new row comes, so that a mistyped option costs nothing. OUT.part goes when
+    `done` is {key: row}, read from the disk when asked for. Processes that share a stage (`launched`) keep a part
+    each, OUT.part-0, OUT.part-1, ..., and each knows what all parts have, whatever their number was.
+
+    The first line of a part holds the fingerprint of settings, inputs and code: rows made with others are not
+    mixed in. They go when the first new row comes, so that a mistyped option costs nothing. The parts go when
     the block ends: outputs that are finished in one ExitStack stay resumable until all of them are there. A
     lock keeps other runs out.
     """
@@ -393,57 +429,88 @@ class StageOutput:
     def __init__(self, path: Path | str, settings: dict, inputs: Iterable[Path | str],
                  code: Iterable[Callable | Path] = ()) -> None:
         self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
+        self.rank, self.ranks = launched()
+        self.part = self.path.with_name(f"{self.path.name}.part{f'-{self.rank}' if self.ranks > 1 else ''}")
         self.provenance = Provenance(settings, inputs, code)
         self.header = {"fingerprint": self.provenance.fingerprint(), "format": FORMAT, "started": self.provenance.started}
-        self.done: dict[str, dict] = {}
+        self.done = Kept()
         self.file = None
         self.finished = False
-        self.lock = locked(self.path)
+        self.locks = contextlib.ExitStack()
 
     def __enter__(self) -> StageOutput:
-        self.lock.__enter__()
-        try:
-            kept = self._kept_rows()
-        except UserError:
-            self.lock.__exit__(None, None, None)
-            raise
-        self.done = {row["key"]: row for row in kept}
-        if kept:
-            print(f"going on from {len(kept)} rows in {self.part}", file=sys.stderr)
+        with contextlib.ExitStack() as locks:  # given up again if a part cannot be read
+            locks.enter_context(locked(self.part if self.ranks > 1 else self.path))
+            if self.ranks == 1:
+                for part in self._parts():  # nor while processes that share the stage are at it
+                    with locked(part) if part != self.part else contextlib.nullcontext():
+                        pass
+            self.read_parts()
+            self.locks = locks.pop_all()
+        if self.done:
+            print(f"going on from {len(self.done)} rows in {self.part}", file=sys.stderr)
         return self
 
-    def _kept_rows(self) -> list[dict]:
-        rows = read_lines(self.part) if self.part.exists() else []
-        if not rows:
-            return []
-        if not isinstance(rows[0], dict) or rows[0] | {"started": ""} != self.header | {"started": ""}:
-            print(f"{self.part}: starting afresh, its rows were made with other settings, inputs or code", file=sys.stderr)
-            return []
-        self.header = rows[0]
-        self.provenance.started = self.header["started"]
-        for number, row in enumerate(rows[1:], 2):
-            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-                raise UserError(f"{self.part}:{number}: is no row with a key; delete the line")
-        return rows[1:]
+    def _parts(self) -> list[Path]:
+        name = re.compile(rf"{re.escape(self.path.name)}\.part(?:-\d+)?")
+        return sorted(path for path in self.path.parent.iterdir() if name.fullmatch(path.name))
+
+    def read_parts(self) -> None:
+        """Take in the rows that have come to the parts since they were read last."""
+        for part in self._parts():
+            if part not in self.done.ends and (header := self._header_of(part)):
+                self.provenance.started = min(self.provenance.started, header["started"])
+                self.done.read(part, is_mine=part == self.part)
+            elif part in self.done.ends and part != self.part:
+                self.done.read(part, is_mine=False)
+
+    def _header_of(self, part: Path) -> dict | None:
+        """The first line of a part, if its rows are of use here."""
+        with open(part, "rb") as file:
+            line = file.readline()
+        try:
+            header = json.loads(line)
+            if header | {"started": ""} == self.header | {"started": ""}:
+                return header
+        except (ValueError, TypeError):
+            header = None  # a kill came first
+        if part == self.part and line.endswith(b"\n"):
+            print(f"{part}: starting afresh, its rows were made with other settings, inputs or code", file=sys.stderr)
+        return None
 
     def write(self, row: dict) -> None:
         try:
             if self.file is None:
-                write_rows(self.part, [self.header, *self.done.values()])
-                self.file = open(self.part, "a", encoding="utf-8")
-            self.file.write(json.dumps(row) + "\n")
+                if self.part in self.done.ends:
+                    self.file = open(self.part, "r+b")
+                    self.file.truncate(self.done.ends[self.part])  # of a line that a kill has cut off
+                else:
+                    write_rows(self.part, [self.header])
+                    self.file = open(self.part, "r+b")
+                self.done.ends[self.part] = self.file.seek(0, os.SEEK_END)
+            line = (json.dumps(row) + "\n").encode()
+            self.file.write(line)
             self.file.flush()
         except OSError as error:
             raise cannot_write(self.part, error) from None
-        self.done[row["key"]] = row
+        self.done.add(row["key"], self.part, len(line))
 
-    def finish(self, rows: list[dict], counts: dict) -> None:
+    def close(self) -> None:
+        """Have the own rows on the disk, where others see them."""
+        if self.file is not None:
+            try:
+                os.fsync(self.file.fileno())
+                self.file.close()
+            except OSError as error:
+                raise cannot_write(self.part, error) from None
+            self.file = None
+
+    def finish(self, rows: Iterable[dict], counts: dict) -> None:
         """Make the output and its sidecar; `counts` says in figures what happened, templates and failures
-        included."""
+        included. The rows are asked for one by one, before the counts are."""
         finished = self.path.with_name(self.path.name + ".new")
-        write_rows(finished, rows)
-        self.provenance.write(self.path, digest(finished), {"rows": len(rows)} | counts)
+        number = write_rows(finished, rows)
+        self.provenance.write(self.path, digest(finished), {"rows": number, **counts})
         os.replace(finished, self.path)
         self.finished = True
 
@@ -451,9 +518,106 @@ class StageOutput:
         if self.file is not None:
             with contextlib.suppress(OSError):  # what a full disk did not take was reported by `write`
                 self.file.close()
+        self.done.close()
+        self.locks.close()
         if self.finished:
-            self.part.unlink(missing_ok=True)
-        self.lock.__exit__(None, None, None)
+            for path in [path for path in self.path.parent.iterdir() if path.name.lstrip(".").startswith(f"{self.path.name}.part")]:
+                if path.suffix != ".lock" or not path.read_text(encoding="utf-8"):  # whoever still holds one is about to leave it
+                    path.unlink()
+
+
+class Kept(Mapping):
+    """{key: row} of the rows in some files. Only their places are in memory."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, tuple[Path, int]] = {}
+        self.ends: dict[Path, int] = {}  # of each file, as far as it was read
+        self.files: dict[Path, BinaryIO] = {}
+
+    def read(self, path: Path, is_mine: bool) -> None:
+        """Take in a part's new rows. A last line without an end was cut off by a kill, or is just being written."""
+        with open(path, "rb") as file:
+            begin = file.seek(self.ends.get(path, 0)) or len(file.readline())
+            self.ends[path] = begin
+            for number, line in enumerate(file, 2):
+                if not line.endswith(b"\n"):
+                    if is_mine:
+                        print(f"{path}: dropped its last line, number {number}, which was cut off", file=sys.stderr)
+                    return
+                try:
+                    self.add(json.loads(line)["key"], path, len(line))
+                except (ValueError, TypeError, LookupError, RecursionError):
+                    raise UserError(f"{path}:{number}: is no row with a key; delete the line") from None
+
+    def add(self, key: str, path: Path, length: int) -> None:
+        """The next row of a file."""
+        self.places[key] = path, self.ends[path]
+        self.ends[path] += length
+
+    def __getitem__(self, key: str) -> dict:
+        path, place = self.places[key]
+        if path not in self.files:
+            self.files[path] = open(path, "rb")
+        self.files[path].seek(place)
+        return json.loads(self.files[path].readline())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        self.files.clear()
+
+
+# --- Shares ------------------------------------------------------------------------------------------------------
+#
+# A launcher may start a stage as several processes, one a GPU, on one host or on several that share a file system. Each
+# makes the rows of its own tasks; the one that finds all of them made writes the output. They need not run at once.
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number) of this process among those that were started for one stage: RANK and WORLD_SIZE of torchrun
+    or of an array job, SLURM_PROCID and SLURM_STEP_NUM_TASKS of srun. Never SLURM_NTASKS: a batch script has it,
+    too, and is one process."""
+    for names in ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        if all(name in os.environ for name in names):
+            said = " ".join(f"{name}={os.environ[name]}" for name in names)
+            rank, number = (int(os.environ[name]) if os.environ[name].isdecimal() else -1 for name in names)
+            if not 0 <= rank < number:
+                raise UserError(f"{said}: is not the place of a process among others, counted from 0; unset them to run a single one")
+            return rank, number
+    return 0, 1
+
+
+def my_share(tasks: dict[str, str]) -> list[str]:
+    """The keys of {key: task} whose tasks are this process's, the same whatever has been done already. Tasks are dealt out
+    in a random order: those of one type, which are about as long, may well be a fixed number apart."""
+    rank, number = launched()
+    mine = set(sorted(set(tasks.values()), key=stable_seed)[rank::number])
+    return [key for key, task in tasks.items() if task in mine]
+
+
+def join(*wanted: tuple[StageOutput, Collection[str]]) -> bool:
+    """Whether it is this process that makes the outputs, of which the rows named are wanted: all of them are there, and
+    no other process is at it."""
+    if launched() == (0, 1):
+        return True
+    for output, _ in wanted:
+        output.close()
+        output.read_parts()
+    if missing := sum(key not in output.done for output, keys in wanted for key in keys):
+        print(f"{wanted[0][0].path}: {missing} rows of other processes are not there yet; the last one to end makes it")
+        return False
+    try:
+        for output, _ in wanted:
+            output.locks.enter_context(locked(output.path))
+    except Held:
+        return False
+    return all(part.exists() for output, _ in wanted for part in output.done.ends)  # whoever makes it removes them
 
 
 def publish(part: Path, out: Path, provenance: Provenance, summary: dict) -> None:
@@ -609,9 +773,9 @@ def stable_seed(*parts: object) -> int:
 
 
 def progress(items: Iterable | None = None, **options: object):
-    """A progress bar on stderr that stays quiet where stderr is not a terminal."""
+    """A progress bar on stderr that stays quiet where stderr is not a terminal, and in all processes of a stage but one."""
     from tqdm import tqdm
-    return tqdm(items, disable=None, dynamic_ncols=True, **options)
+    return tqdm(items, disable=True if launched()[0] else None, dynamic_ncols=True, **options)
 
 
 def duration(seconds: float) -> str:
@@ -620,6 +784,11 @@ def duration(seconds: float) -> str:
 
 def fraction(part: int, whole: int) -> str:
     return f"{part} of {whole}" + (f" ({100 * part / whole:.0f} %)" if whole else "")
+
+
+def tally(reasons: Iterable[str] | Counter) -> str:
+    """What occurs how often: "3 no tag, 1 too short"."""
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common()) or "none"
 
 
 # --- Trajectories ------------------------------------------------------------------------------------------------
@@ -753,183 +922,6 @@ class Output:
     def unanswered(self) -> bool:
         """Whether there is no answer: the prompt was too long, or the request failed for good."""
         return self.finish == "context" or bool(failure(self.finish))
-
-
-# What chat templates are given besides the messages: no thinking, and one day for all dialogues, where a template writes a date.
-CHAT_ARGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
-OPEN_THINK = re.compile(rf"<({THINKING})>\s*\Z")
-
-
-class ChatFormat:
-    """A model's chat template, cut into pieces that never change as a dialogue grows.
-
-    The token ids of a longer dialogue begin with those of the shorter one, whatever the template does with
-    earlier turns: what is trained is what generation is prompted with and what the model must emit, and vLLM's
-    prefix cache holds everything but the newest turn. An empty <think> block that a template writes into a
-    prompt and not into the history (Qwen3) stays in the history.
-
-    Raises UserError that names the model for a template that cannot be cut so.
-    """
-
-    def __init__(self, tokenizer, chat_args: dict | None = None) -> None:
-        self.tokenizer, self.chat_args = tokenizer, CHAT_ARGS | (chat_args or {})
-        if not tokenizer.chat_template:
-            raise self._unfit("there is none; use an instruction-tuned model")
-        self._ids = functools.lru_cache(maxsize=10_000)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
-        self._cut()
-        self._check()
-
-    def _unfit(self, reason: str) -> UserError:
-        return UserError(f"the chat template of {self.tokenizer.name_or_path or 'the model'} cannot be used: {reason}")
-
-    def _render(self, turns: list[str], prompt: bool = True) -> str:
-        """The template's own text of a dialogue."""
-        from datetime import datetime
-
-        from jinja2 import TemplateError
-        messages = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
-        day = datetime.strptime(CHAT_ARGS["date_string"], "%d %b %Y")
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt,
-                                                      strftime_now=day.strftime, **self.chat_args)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise self._unfit(str(error)) from None
-
-    def _cut(self) -> None:
-        """Find the pieces: the template's text around turns that nothing else is like."""
-        first, reply, following = "FIRST-TURN", "AGENT-REPLY", "NEXT-TURN"
-        history = self._render([first, reply, following])
-        try:
-            self.before_first, self.after_first = self._render([first]).split(first)
-            before, rest = history.split(first)
-            before_reply, rest = rest.split(reply)
-            after_reply, self.after_next = rest.split(following)
-        except ValueError:
-            raise self._unfit("it does not show each turn once") from None
-        if before != self.before_first or not (before_reply.startswith(self.after_first) or
-                                               self.after_first.startswith(before_reply)):
-            raise self._unfit("a turn in the history looks unlike the prompt that it answered")
-        # What the model itself writes before and after its reply: blanks, for some templates.
-        self.lead = before_reply.removeprefix(self.after_first) if before_reply.startswith(self.after_first) else ""
-        special = "|".join(re.escape(str(token)) for token in self.tokenizer.added_tokens_decoder.values())
-        end = re.search(special, after_reply) if special else None
-        if not end:
-            raise self._unfit("no special token ends an agent's turn, so that its end could not be learnt")
-        self.trail, self.after_reply = after_reply[:end.start()], after_reply[end.start():]
-        self.end_of_turn = self._ids(self.after_reply)[0]
-        if not self._render([first, reply], prompt=False).partition(reply)[2].startswith(self.trail + end[0]):
-            raise self._unfit("the last turn of an agent ends unlike its earlier ones")
-        if block := OPEN_THINK.search(self.after_next):
-            closing = f"\n</{block[1]}>\n\n"  # the prompt opens a block of thinking, which the history does not keep
-            if self.chat_args["enable_thinking"]:
-                self.lead = closing + self.lead
-            else:
-                self.after_first, self.after_next = self.after_first + closing, self.after_next + closing
-
-    def _check(self) -> None:
-        """Compare with the template's own text of a dialogue, but for a think block that it leaves out."""
-        turns = ["Line.\n\nLine: - `x` {y}", "Thought: \"a\".\nAction: look", "Observation:", "Action: go", "Observation: an end."]
-        whole = "".join((self.before_first + turn + self.after_first) if i == 0 else self.lead + turn + self.trail if i % 2
-                        else self.after_reply + turn + self.after_next for i, turn in enumerate(turns))
-        blocks = re.compile(rf"<({THINKING})>\s*(?:</\1>\s*)?")
-        if blocks.sub("", whole).strip() != blocks.sub("", self._render(turns)).strip():
-            raise self._unfit("it writes turns in a longer dialogue unlike in a shorter one")
-
-    def pieces(self, turns: list[str | list[int]]) -> list[list[int]]:
-        """Token ids of each turn with the template's text around it; odd ones are exactly what the agent
-        writes, and may be given as the ids that it wrote: there is more than one way to spell a text, and the
-        cache knows only the one."""
-        pieces = []
-        for i, turn in enumerate(turns):
-            if i == 0:
-                pieces.append(self._ids(self.before_first + turn + self.after_first))
-            elif i % 2:
-                pieces.append(turn if isinstance(turn, list) else self._reply(turn))
-            else:
-                pieces.append(self._ids(self.after_reply + turn + self.after_next))
-        return pieces
-
-    def _reply(self, turn: str) -> list[int]:
-        """The ids of an agent's turn as they follow its prompt: some tokenizers begin every text with a blank."""
-        before, whole = self._ids(self.after_next), self._ids(self.after_next + self.lead + turn + self.trail)
-        return whole[len(before):] if whole[:len(before)] == before else self._ids(self.lead + turn + self.trail)
-
-    def spells(self, ids: list[int], text: str) -> bool:
-        """Whether the tokens are those of the text and nothing else: no end of turn, no stop string, no role
-        marker, no blank of the template's."""
-        return not self.lead and not self.trail and self.tokenizer.decode(ids) == text
-
-    def encode(self, turns: list[str | list[int]]) -> list[int]:
-        return [token for piece in self.pieces(turns) for token in piece]
-
-
-def bfloat16_is_fast() -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware: a GPU, or a CPU with AMX or AVX512-BF16."""
-    import torch
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def check_model_folder(model: str) -> None:
-    """A local folder must hold a checkpoint; anything else is taken for a name on the model hub."""
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: has no config.json, so it is not a model folder")
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(f"{folder}: has no *.safetensors weights; was the training that writes it interrupted?")
-    elif model.startswith((".", "/", "runs/", "models/")):
-        raise UserError(f"{folder}: there is no such model folder; train it first, or check --model")
-
-
-class Engine:
-    """What both engines count."""
-
-    tokens_in = tokens_out = endless = 0
-
-    def count(self, outputs: list[Output]) -> list[Output]:
-        self.tokens_out += sum(output.tokens for output in outputs)
-        self.endless += sum(output.finish == "repetition" for output in outputs)
-        return outputs
-
-    def written(self) -> str:
-        endless = f", {self.endless} outputs ended since they repeated themselves without end" if self.endless else ""
-        return f"{self.tokens_out} tokens out{endless}"
-
-
-def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperature: float, max_tokens: int) -> None:
-    """The options of every stage that generates."""
-    group = parser.add_argument_group("generation")
-    group.add_argument("--model", required=True, metavar="FOLDER", help=f"{model}: a folder, a hub name, or with "
-                       "--api-base the name the server knows")
-    group.add_argument("--api-base", metavar="URL", help="use this OpenAI-compatible server, such as "
-                       "http://localhost:8000/v1 of `vllm serve`, instead of vLLM in this process")
-    group.add_argument("--temperature", type=float, default=temperature, help="default: %(default)s")
-    group.add_argument("--max-tokens", type=int, default=max_tokens, help="most tokens of one output; default: %(default)s")
-    group.add_argument("--max-model-len", type=int, default=8192, help="longest context in tokens; default: %(default)s")
-    group.add_argument("--max-live", type=int, default=16, help="requests or episodes in flight; default: %(default)s")
-    group.add_argument("--engine-args", type=json_object, default={}, metavar="JSON", help="more of vLLM's EngineArgs, such "
-                       """as '{"tensor_parallel_size": 2}' for a model that one GPU does not hold; without --api-base""")
-    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    add_chat_options(group)
-
-
-def add_chat_options(group) -> None:
-    group.add_argument("--chat-args", type=lambda text: CHAT_ARGS | json_object(text), default=CHAT_ARGS, metavar="JSON",
-                       help="what the chat template is given besides the messages, such as '{\"enable_thinking\": true}'; default: "
-                       f"{json.dumps(CHAT_ARGS)}")
-
-
-def json_object(text: str) -> dict:
-    """An option's value that is a JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
 
 
 def generate(engine, requests: Iterable[tuple[object, list[str], dict]], max_live: int

@@ -37,13 +37,13 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median, stdev
 
-from common import (PACKAGES, ROOT, Candidates, Critique, Episode, Rollout, StageOutput, Trajectory, UserError,
-                    add_engine_options, code_digest, digest, duration, failure, failures_last, fraction, label_of,
-                    normalise, progress, read_rows, relative, run_stage, settings_of, sidecar, sidecar_path,
-                    turn_sampling, version, writing)
+from common import (PACKAGES, ROOT, Candidates, Critique, Episode, Rollout, StageOutput, Trajectory, UserError, checked_rows,
+                    code_digest, digest, duration, failure, failures_last, fraction, join, label_of, my_share, normalise,
+                    progress, read_rows, relative, run_stage, settings_of, sidecar, sidecar_path, tally, turn_sampling, version,
+                    writing)
 from environments import SPLITS, TABLE, choose_tasks, file_of, files_of, of, read_trajectories, task_type, turn_limit
 from environments.workers import EnvironmentPool, Playing, add_workers_option, play, workers_of
-from prompts.engine import make_engine
+from prompts.engine import add_engine_options, make_engine
 
 TEST_SPLITS = ("seen", "unseen")
 RESAMPLES = 10_000  # of the bootstrap
@@ -217,35 +217,35 @@ def evaluate(args: argparse.Namespace) -> None:
     """Play the episodes of all splits together; the files appear when all are played."""
     started = time.time()
     tasks, experts = chosen_tasks(args), read_examples(args)
+    tries = {split: {f"{split}/{task}/try{n}": task for task in tasks[split] for n in range(args.best_of)} for split in tasks}
     settings = {name: value for name, value in settings_of(args).items() if name != "splits"}
     inputs = [args.model, *files_of(args.env), *([args.example] if args.example else [])]
-    spent = ""
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(StageOutput(Path(args.out) / f"eval-{split}.jsonl", settings | {"split": split},
                                                           inputs, [evaluate, file_of(args.env)])) for split in tasks}
-        todo = {Playing(f"{split}/{task}/try{n}", task, turn_limit(task, args.max_turns),
-                        example=choose_example(task, experts) if experts else None): split
-                for split in tasks for task in tasks[split] for n in range(args.best_of)
-                if f"{split}/{task}/try{n}" not in outputs[split].done}
+        share = set(my_share({key: task for of_split in tries.values() for key, task in of_split.items()}))
+        todo = {Playing(key, task, turn_limit(task, args.max_turns), example=choose_example(task, experts) if experts else None): split
+                for split in tasks for key, task in tries[split].items() if key in share and key not in outputs[split].done}
         if todo:
             pool = stack.enter_context(EnvironmentPool(args.env, workers_of(args, len(todo))))
             engine = make_engine(args)
             sampling = turn_sampling(args.temperature, args.max_tokens) | ({"regex": AT_ONCE} if args.no_deliberation else {})
-            episodes = failures_last(play(todo, engine, pool, sampling, args.seed), lambda episode: failure(episode.end),
-                                     sum(map(len, tasks.values())) * args.best_of)
+            episodes = failures_last(play(todo, engine, pool, sampling, args.seed), lambda episode: failure(episode.end), len(share))
             for episode in progress(episodes, total=len(todo), desc="evaluate"):
                 if args.no_deliberation and any("candidates" in step for step in episode.steps):
                     raise UserError(f"{args.api_base or args.model} lets the model deliberate; --no-deliberation needs an "
                                     "engine that holds outputs to a regular expression, as vLLM does")
                 outputs[todo[episode]].write(episode_row(episode, todo[episode]))
-            spent = f"; {engine.usage()}"
+            print(engine.usage())
+        if not join(*((output, tries[split]) for split, output in outputs.items())):
+            return
         for split, output in outputs.items():
             rows = [best_of([output.done[f"{split}/{task}/try{n}"] for n in range(args.best_of)], task)
                     for task in tasks[split]]
             failed = sum(bool(failure(row["end"])) for row in rows)
             output.finish(rows, {"average reward": mean(row["reward"] for row in rows), "failed": failed})
             print(f"{split}: {summary(rows)}{f', {failed} episodes failed' if failed else ''}; {output.path}")
-    print(f"{sum(map(len, tasks.values()))} tasks in {duration(time.time() - started)}{spent}")
+    print(f"{sum(map(len, tasks.values()))} tasks in {duration(time.time() - started)}")
 
 
 # --- report -------------------------------------------------------------------------------------------------------
@@ -465,7 +465,8 @@ def calibration_section(models: dict, folder: Path) -> list[str]:
               "No model deliberates.", ""]
     rows, spread = [], []
     for path in iteration_files(folder, "rollouts.jsonl"):
-        rollouts = [row for row in read_rows(path, Rollout, may_be_empty=True) if not failure(row["end"])]
+        rollouts = [row | {"steps": row["steps"][:1]} for row, _ in checked_rows(path, Rollout, may_be_empty=True)
+                    if not failure(row["end"])]
         sampled = [row for row in rollouts if row["candidate"]]
         expert = [row for row in rollouts if not row["candidate"]]
         groups = [[row["reward"] for row in sampled if ("candidates" in row["steps"][0]) == with_it]
@@ -508,8 +509,8 @@ def stage_section(folder: Path) -> list[str]:
                      fraction(said["retried"], said["drafted"]) if said else "unknown",
                      fraction(said["no draft of use"], said["drafted"]) if said else "unknown",
                      fraction(sum("candidates" in step for step in steps), len(steps))])
-        reasons.append([iteration.name, counted(row_error for row in critiques for row_error in row["draft_errors"]),
-                        counted(Counter(said.get("draft errors", {})).elements())])
+        reasons.append([iteration.name, tally(row_error for row in critiques for row_error in row["draft_errors"]),
+                        tally(Counter(said.get("draft errors", {})))])
     return ["## What the stages did", "", *table(
         ["iteration", "steps flagged", "critic", "critiques retried", "from the template", "deliberations retried",
          "without a draft of use", "training steps that deliberate"], rows), "Why drafts were not used:", "", *table(
@@ -521,16 +522,12 @@ def critic_of(iteration: Path) -> str:
     return Path(asked.get("model", "unknown")).name if asked.get("attempts", 1) else "none asked"
 
 
-def counted(reasons: Iterable[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common()) or "none"
-
-
 def expert_section(folder: Path) -> list[str]:
     """Where the experts come from: collected ones have thoughts from templates, which the paper's have not."""
     if not (folder / "expert.jsonl").exists():
         return []
     sources = Counter(row["source"] for row in read_rows(folder / "expert.jsonl", Trajectory))
-    text = ", ".join(f"{count} {source}" for source, count in sources.most_common())
+    text = tally(sources)
     collected = "" if set(sources) == {"published"} else (" They were collected here, with thoughts from templates; the paper's "
                                                           "are published trajectories (`PUBLISHED`).")
     return [f"Expert trajectories: {text}.{collected}", ""]

@@ -30,8 +30,8 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import (FAILED, PERMANENT, StageOutput, UserError, digest, duration, failures_last, parse_turn, progress, run_stage,
-                    settings_of)
+from common import (FAILED, PERMANENT, StageOutput, UserError, digest, duration, failures_last, join, my_share, parse_turn,
+                    progress, run_stage, settings_of)
 from environments import TABLE, Environment, choose_tasks, file_of, of, replay, task_type
 from environments.workers import EnvironmentPool
 from stage5_finetune import add_training_options, finetune, save_checkpoint
@@ -239,12 +239,15 @@ def collect(args: argparse.Namespace) -> None:
         work = dict.fromkeys(choose_tasks(args.env, "train", args.types, args.tasks, args.seed))
     inputs = [*of(args.env).FILES, *([args.published] if args.published else [])]  # experts see no prompt
     with StageOutput(args.out, settings_of(args), inputs, [collect, file_of(args.env)]) as output:
-        todo = {task: published for task, published in work.items() if task not in output.done}
+        share = my_share(dict(zip(work, work)))
+        todo = {task: work[task] for task in share if task not in output.done}
         with EnvironmentPool(args.env, min(args.workers, len(todo))) as pool:
             results = failures_last(expert_trajectories(todo, pool, args.max_turns, args.seed),
-                                    lambda result: counted_failure(result, args), len(work))
+                                    lambda result: counted_failure(result, args), len(share))
             for result in progress(results, total=len(todo), desc="expert"):
                 output.write(result)
+        if not join((output, work)):
+            return
         done = [output.done[task] for task in work]
         notes = [row["row"].pop("note") for row in done if row["row"] and "note" in row["row"]]
         rows = [row["row"] for row in done if row["row"]]

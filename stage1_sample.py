@@ -19,11 +19,10 @@ from __future__ import annotations
 import argparse
 import time
 
-from common import (Output, StageOutput, add_engine_options, dialogue, duration, failure, failures_last, fraction,
-                    generate, label_of, normalise, progress, prompt_path, run_stage, settings_of, stable_seed,
-                    turn_of, turn_sampling)
+from common import (Output, StageOutput, dialogue, duration, failure, failures_last, fraction, generate, join, label_of,
+                    my_share, normalise, progress, prompt_path, run_stage, settings_of, stable_seed, turn_of, turn_sampling)
 from environments import read_trajectories, turn_limit
-from prompts.engine import make_engine
+from prompts.engine import add_engine_options, make_engine
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,7 +76,8 @@ def sample(args: argparse.Namespace) -> None:
              for t in range(1, min(len(row["steps"]), turn_limit(row["task"])) + 1)}
     inputs = [args.trajectories, args.model, prompt_path(label_of(trajectories[0]["task"]))]
     with StageOutput(args.out, settings_of(args), inputs, [sample]) as output:
-        todo = [key for key in steps if key not in output.done]  # in order: each step finds its history in the prefix cache
+        share = my_share({key: row["task"] for key, (row, _) in steps.items()})
+        todo = [key for key in share if key not in output.done]  # in order: each step finds its history in the prefix cache
         engine = make_engine(args) if todo else None
 
         def requests():
@@ -88,15 +88,17 @@ def sample(args: argparse.Namespace) -> None:
                     "seed": stable_seed(args.seed, key)}
 
         results = failures_last(generate(engine, requests(), args.max_live),
-                                lambda result: failure(result[1][0].finish), len(steps))
+                                lambda result: failure(result[1][0].finish), len(share))
         for key, outputs in progress(results, total=len(todo), desc="sample"):
             output.write(candidate_row(key, *steps[key], outputs))
+        if todo:
+            print(engine.usage())
+        if not join((output, steps)):
+            return
         rows = [output.done[key] for key in steps]
         counts = {"flagged": sum(row["flagged"] for row in rows), "invalid samples": sum(row["invalid"] for row in rows),
                   "failed": sum("failed" in row for row in rows)}
         output.finish(rows, counts)
-    if todo:
-        print(engine.usage())
     failed = f", {counts['failed']} steps without samples: the server failed or the context was full" * bool(counts["failed"])
     print(f"{len(trajectories)} trajectories -> {len(rows)} steps, {fraction(counts['flagged'], len(rows))} flagged, "
           f"{sum(len(row['candidates']) for row in rows if row['flagged'])} distinct actions in them, "

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 
-from common import (Candidates, StageOutput, UserError, add_engine_options, check_model, duration, failure,
-                    failures_last, fraction, label_of, progress, read_rows, run_stage, settings_of, turn_sampling)
+from common import (Candidates, StageOutput, UserError, check_model, duration, failure, failures_last, fraction, join, label_of,
+                    my_share, progress, read_rows, run_stage, settings_of, turn_sampling)
 from environments import file_of, files_of, read_trajectories, turn_limit
 from environments.workers import EnvironmentPool, Playing, add_workers_option, play, workers_of
 from prompts.base_model import small_model
-from prompts.engine import make_engine
+from prompts.engine import add_engine_options, make_engine
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,6 +106,16 @@ def left_the_expert(episode: Playing, trajectory: dict, t: int, path: str) -> bo
                for mine, theirs in zip(episode.steps[:t - 1], trajectory["steps"], strict=False))
 
 
+def counted(row: dict, counts: Counter) -> dict:
+    """The row, entered into the counts of a whole stage."""
+    if failure(row["end"]):
+        counts.update({"failed": 1})
+    elif row["candidate"]:
+        counts.update({"sampled": 1, "refused": not row["accepted"], "reward": row["reward"],
+                       "beat the expert": row["reward"] > row["expert_reward"]})
+    return row
+
+
 def roll_out(args: argparse.Namespace) -> None:
     """Roll out every candidate of every flagged step."""
     started = time.time()
@@ -121,29 +132,28 @@ def roll_out(args: argparse.Namespace) -> None:
                            branch(row["candidates"][place], trajectories[row["task"]], row["step"]),
                            lambda steps: stop(steps, row["step"]))
 
-        todo = [episode_of(key) for key, (row, place) in work.items()
-                if not row["candidates"][place]["from_expert"] and key not in output.done]
+        sampled = {key: row["task"] for key, (row, place) in work.items() if not row["candidates"][place]["from_expert"]}
+        share = my_share(sampled)
+        todo = [episode_of(key) for key in share if key not in output.done]
         if todo:
             with EnvironmentPool(label, workers_of(args, len(todo))) as pool:
                 engine = make_engine(args)
                 played = failures_last(play(todo, engine, pool, turn_sampling(args.temperature, args.max_tokens), args.seed),
-                                       lambda episode: failure(episode.end), len(work))
+                                       lambda episode: failure(episode.end), len(share))
                 for episode in progress(played, total=len(todo), desc="rollout"):
                     row, place = work[episode.key]
                     trajectory = trajectories[row["task"]]
                     strays += left_the_expert(episode, trajectory, row["step"], args.trajectories)
                     output.write(sampled_rollout(row, place, trajectory, episode))
                 print(engine.usage())
-        rows = [output.done.get(key) or expert_rollout(row, trajectories[row["task"]]) for key, (row, _) in work.items()]
-        sampled = [row for row in rows if row["candidate"] and not failure(row["end"])]
-        counts = {"sampled": len(sampled), "refused": sum(not row["accepted"] for row in sampled),
-                  "beat the expert": sum(row["reward"] > row["expert_reward"] for row in sampled),
-                  "failed": sum(bool(failure(row["end"])) for row in rows)}
-        output.finish(rows, counts)
-    average = sum(row["reward"] for row in sampled) / max(1, len(sampled))
-    print(f"{len(sampled)} sampled actions rolled out: {fraction(counts['refused'], len(sampled))} refused by the environment, "
-          f"average reward {average:.2f}, {counts['beat the expert']} beat the expert, {strays} met a state unlike the "
-          f"expert's; {counts['failed']} failed; {args.out}; "
+        if not join((output, sampled)):
+            return
+        counts = Counter({name: 0 for name in ("sampled", "refused", "beat the expert", "reward", "failed")})
+        output.finish((counted(output.done.get(key) or expert_rollout(row, trajectories[row["task"]]), counts)
+                       for key, (row, _) in work.items()), counts)
+    print(f"{counts['sampled']} sampled actions rolled out: {fraction(counts['refused'], counts['sampled'])} refused by the "
+          f"environment, average reward {counts['reward'] / max(1, counts['sampled']):.2f}, {counts['beat the expert']} beat the "
+          f"expert, {strays} met a state unlike the expert's; {counts['failed']} failed; {args.out}; "
           f"{duration(time.time() - started)}")
 
 

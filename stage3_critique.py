@@ -23,12 +23,12 @@ import time
 from collections import Counter
 from collections.abc import Collection
 
-from common import (Output, Rollout, StageOutput, UserError, add_engine_options, dialogue, duration, failure, failures_last,
-                    fraction, normalise, progress, prompt_path, read_rows, run_stage, settings_of, without_thinking)
+from common import (Output, Rollout, StageOutput, UserError, dialogue, duration, failure, failures_last, fraction, index_rows,
+                    join, my_share, normalise, progress, prompt_path, run_stage, settings_of, tally, without_thinking)
 from environments import read_trajectories
 from prompts.base_model import (REFUSED, copies, draft_sampling, drafts, fill_dialogue, first_sentences, leak_in,
                                 repeats_itself, steps_text, without_names)
-from prompts.engine import make_engine
+from prompts.engine import add_engine_options, make_engine
 
 TAG = re.compile(r"Action Evaluation\s*[:：]", re.IGNORECASE)
 POSSIBLE = re.compile(r"\bis (?:also |indeed |quite )?(?:possible|valid|feasible)\b", re.IGNORECASE)
@@ -146,43 +146,45 @@ def critique(args: argparse.Namespace) -> None:
     """Write a critique of every rollout that did not fail."""
     started = time.time()
     trajectories = {row["task"]: row for row in read_trajectories(args.trajectories)}
-    rollouts = {row["key"]: row for row in read_rows(args.rollouts, Rollout, may_be_empty=True) if not failure(row["end"])}
-    for row in rollouts.values():
-        if row["task"] not in trajectories:
-            raise UserError(f"{args.rollouts}: '{row['key']}' belongs to no trajectory of {args.trajectories}; "
-                            "the two files do not belong together, run stages 1 and 2 again")
-
     actions: dict[str, set[str]] = {task: {step["action"] for step in row["steps"]} for task, row in trajectories.items()}
-    for row in rollouts.values():
-        actions[row["task"]].add(row["steps"][0]["action"])
+    rollouts = index_rows(args.rollouts, Rollout, may_be_empty=True)
+    judged = {}  # {key: task} of those that did not fail
+    for key, row in rollouts.items():
+        if row["task"] not in trajectories:
+            raise UserError(f"{args.rollouts}: '{key}' belongs to no trajectory of {args.trajectories}; "
+                            "the two files do not belong together, run stages 1 and 2 again")
+        if not failure(row["end"]):
+            judged[key] = row["task"]
+            actions[row["task"]].add(row["steps"][0]["action"])
 
-    def prompt(rollout: dict) -> list[str]:
-        return critique_prompt(rollout, trajectories[rollout["task"]])
+    def request(key: str, attempt: int) -> tuple[list[str], dict]:
+        return critique_prompt(rollouts[key], trajectories[judged[key]]), draft_sampling(args, key, attempt)
 
-    def request(rollout: dict, attempt: int) -> tuple[list[str], dict]:
-        return prompt(rollout), draft_sampling(args, rollout["key"], attempt)
-
-    def check(rollout: dict, output: Output) -> tuple[str, str | None]:
-        return check_critique(rollout, prompt(rollout), output, actions[rollout["task"]])
+    def check(key: str, output: Output) -> tuple[str, str | None]:
+        rollout = rollouts[key]
+        return check_critique(rollout, critique_prompt(rollout, trajectories[judged[key]]), output, actions[judged[key]])
 
     inputs = [args.trajectories, args.rollouts, prompt_path("critique"), args.model]
     with StageOutput(args.out, settings_of(args), inputs, [critique]) as output:
-        todo = [row for key, row in rollouts.items() if key not in output.done]
+        share = my_share(judged)
+        todo = [key for key in share if key not in output.done]
         engine = make_engine(args) if todo and args.attempts else None
         results = failures_last(drafts(engine, todo, request, check, args.attempts, args.max_live),
-                                lambda result: failure((result[2] or [""])[-1]), len(rollouts))
-        for rollout, text, errors in progress(results, total=len(todo), desc="critique"):
-            output.write(critique_row(rollout, text, errors))
-        rows = [output.done[key] for key in rollouts]
+                                lambda result: failure((result[2] or [""])[-1]), len(share))
+        for key, text, errors in progress(results, total=len(todo), desc="critique"):
+            output.write(critique_row(rollouts[key], text, errors))
+        if engine:
+            print(engine.usage())
+        if not join((output, judged)):
+            return
+        rows = [output.done[key] for key in judged]
         templates = sum(row["used_template"] for row in rows)
         retried = sum(bool(row["draft_errors"]) and not row["used_template"] for row in rows)
         reasons = Counter(reason for row in rows for reason in row["draft_errors"])
         output.finish(rows, {"retried": retried, "templates": templates, "draft errors": reasons})
-    if engine:
-        print(engine.usage())
     print(f"{len(rows)} critiques, {fraction(retried, len(rows))} drafted again with success, {fraction(templates, len(rows))} from "
           "the template; drafts not used: "
-          f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}; {args.out}; "
+          f"{tally(reasons)}; {args.out}; "
           f"{duration(time.time() - started)}")
 
 

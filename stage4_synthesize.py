@@ -27,15 +27,15 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 
-from common import (THOUGHT_TAG, Candidates, Critique, Output, Rollout, StageOutput, UserError, add_engine_options,
-                    check_model, dialogue, duration, failure, failures_last, fraction, listed_candidates, normalise, parse_turn,
-                    progress, prompt_path, read_rows, run_stage, settings_of, stable_seed, with_candidates,
-                    without_thinking)
+from common import (THOUGHT_TAG, Candidates, Critique, Output, Rollout, StageOutput, UserError, check_model, dialogue, duration,
+                    failure, failures_last, fraction, index_rows, join, listed_candidates, my_share, normalise, parse_turn,
+                    progress, prompt_path, run_stage, settings_of, stable_seed, tally, with_candidates, without_thinking)
 from environments import read_trajectories
 from prompts.base_model import (copies, draft_sampling, drafts, fill_dialogue, leak_in, plain_bullets, repeats_itself,
                                 small_model, steps_text, without_names)
-from prompts.engine import make_engine
+from prompts.engine import add_engine_options, make_engine
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -191,12 +191,13 @@ def deliberate(step: dict, thought: str) -> None:
 # --- The stage ----------------------------------------------------------------------------------------------------
 
 
-def by_task(path: str | None, kind: type) -> dict[str, list[dict]]:
-    """The rows of a file by their task; nothing where there is no file."""
-    groups: dict[str, list[dict]] = {}
-    for row in read_rows(path, kind, may_be_empty=True) if path else ():
-        groups.setdefault(row["task"], []).append(row)
-    return groups
+def by_task(path: str | None, kind: type) -> Callable[[str], list[dict]]:
+    """The rows of a file that are of a task, read when they are asked for; none where there is no file."""
+    rows = index_rows(path, kind, may_be_empty=True) if path else {}
+    keys: dict[str, list[str]] = {}
+    for key, row in rows.items():
+        keys.setdefault(row["task"], []).append(key)
+    return lambda task: [rows[key] for key in keys.get(task, ())]
 
 
 def check_critiques(args: argparse.Namespace, rows: list[dict], rollouts: list[dict], critiques: list[dict]) -> None:
@@ -215,8 +216,8 @@ def check_critiques(args: argparse.Namespace, rows: list[dict], rollouts: list[d
 
 def plan(args: argparse.Namespace) -> tuple[list[dict], dict[str, dict]]:
     """(the trajectories, switched where a rollout is better; {key: a step that needs a deliberation})"""
-    candidates, rollouts = by_task(args.candidates, Candidates), by_task(args.rollouts, Rollout)
-    critiques = by_task(args.critiques, Critique)
+    files = (args.candidates, Candidates), (args.rollouts, Rollout), (args.critiques, Critique)
+    rows_of = [by_task(*file) for file in files]
     if args.critiques:
         check_model(args.critiques, args.model)
     trajectories, items = [], []
@@ -224,7 +225,7 @@ def plan(args: argparse.Namespace) -> tuple[list[dict], dict[str, dict]]:
         row.pop("replaced_from", None)  # the last iteration's
         for step in row["steps"]:
             step.pop("draft_errors", None)
-        rows, rolled, judged = (rows.get(row["task"], []) for rows in (candidates, rollouts, critiques))
+        rows, rolled, judged = (of_task(row["task"]) for of_task in rows_of)
         if args.critiques:
             check_critiques(args, rows, rolled, judged)
         row = switch_expert(row, rolled, args.expert_switch) if args.expert_switch else row
@@ -239,22 +240,27 @@ def synthesize(args: argparse.Namespace) -> None:
     started = time.time()
     trajectories, items = plan(args)
 
-    def request(item: dict, attempt: int) -> tuple[list[str], dict]:
-        return deliberation_prompt(item, args.propose), draft_sampling(args, item["key"], attempt)
+    def request(key: str, attempt: int) -> tuple[list[str], dict]:
+        return deliberation_prompt(items[key], args.propose), draft_sampling(args, key, attempt)
 
-    def check(item: dict, output: Output) -> tuple[str, str | None]:
-        return check_deliberation(item, deliberation_prompt(item, args.propose), output)
+    def check(key: str, output: Output) -> tuple[str, str | None]:
+        return check_deliberation(items[key], deliberation_prompt(items[key], args.propose), output)
 
     files = (args.trajectories, args.candidates, args.rollouts, args.critiques, prompt_path("deliberation"), args.model)
     code = [synthesize, *([small_model().finish_step, small_model().plan] if args.small_model else [])]
     with StageOutput(args.out, settings_of(args), filter(None, files), code) as output:
-        todo = [item for key, item in items.items() if key not in output.done]
+        share = my_share({key: item["trajectory"]["task"] for key, item in items.items()})
+        todo = [key for key in share if key not in output.done]
         attempts = 0 if args.recover_only else args.attempts
         engine = make_engine(args) if todo and attempts else None
         results = failures_last(drafts(engine, todo, request, check, attempts, args.max_live),
-                                lambda result: failure((result[2] or [""])[-1]), len(items))
-        for item, thought, errors in progress(results, total=len(todo), desc="synthesize"):
-            output.write({"key": item["key"], "thought": thought, "draft_errors": errors})
+                                lambda result: failure((result[2] or [""])[-1]), len(share))
+        for key, thought, errors in progress(results, total=len(todo), desc="synthesize"):
+            output.write({"key": key, "thought": thought, "draft_errors": errors})
+        if engine:
+            print(engine.usage())
+        if not join((output, items)):
+            return
         written = [output.done[key] for key in items]
         for item, draft in zip(items.values(), written, strict=True):
             finish_step(item, draft, args)
@@ -266,8 +272,6 @@ def synthesize(args: argparse.Namespace) -> None:
                   "deliberating steps": sum("candidates" in step for step in steps),
                   "steps after failed attempts": sum("failed_attempts" in step for step in steps)}
         output.finish([row | {"source": "deliberation"} for row in trajectories], counts)
-    if engine:
-        print(engine.usage())
     print(summary(counts, len(steps), args) + f"; {args.out}; {duration(time.time() - started)}")
 
 
@@ -283,11 +287,10 @@ def finish_step(item: dict, draft: dict, args: argparse.Namespace) -> None:
 
 
 def summary(counts: dict, steps: int, args: argparse.Namespace) -> str:
-    errors = ", ".join(f"{count} {reason}" for reason, count in counts["draft errors"].most_common()) or "none"
     without = "put together from verdicts" if args.small_model else "kept their thought"
     return (f"{counts['drafted']} steps to deliberate at, {fraction(counts['retried'], counts['drafted'])} drafted again with "
-            f"success, {fraction(counts['no draft of use'], counts['drafted'])} {without}; "
-            f"drafts not used: {errors}; {counts['switched']} trajectories switched; "
+            f"success, {fraction(counts['no draft of use'], counts['drafted'])} {without}; drafts not used: "
+            f"{tally(counts['draft errors'])}; {counts['switched']} trajectories switched; "
             f"{fraction(counts['deliberating steps'], steps)} steps deliberate, "
             f"{counts['steps after failed attempts']} come after failed attempts")
 

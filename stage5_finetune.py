@@ -28,9 +28,10 @@ from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 
-from common import (ChatFormat, Provenance, UserError, add_chat_options, bfloat16_is_fast, check_model_folder, dialogue, duration,
-                    forget_other_training, label_of, locked, prompt_path, publish, run_stage, settings_of)
+from common import (Provenance, UserError, dialogue, duration, forget_other_training, label_of, locked, prompt_path, publish,
+                    run_stage, settings_of)
 from environments import read_trajectories
+from prompts.model import ChatFormat, add_chat_options, bfloat16_is_fast, check_model_folder
 
 CHECKPOINTS = 5  # of a training; a kill costs the steps since the last one
 

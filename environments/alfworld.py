@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import ClassVar
 
-from common import NO_ACTION, UserError, clean_action
+from common import NO_ACTION, UserError, clean_action, tally
 from environments import Environment, Result, played_step, trajectory_row, turn_limit
 
 FOLDERS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
@@ -256,7 +256,7 @@ def game_tasks(split: str, root: Path) -> list[str]:
     games = {path: why_left_out(path) for path in sorted(folder.glob("*/*/game.tw-pddl"))}
     if reasons := Counter(filter(None, games.values())):
         print(f"{folder}: {len(games)} games, {sum(reasons.values())} of them left out, as by ALFWorld's own loader: "
-              f"{', '.join(f'{count} {reason}' for reason, count in reasons.most_common())}", file=sys.stderr)
+              f"{tally(reasons)}", file=sys.stderr)
     tasks = [task_id(*path.parent.parts[-3:]) for path, reason in games.items() if not reason]
     if not tasks:
         raise UserError(f"{folder}: no games of the {split} split; "

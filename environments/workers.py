@@ -81,8 +81,9 @@ def kill_with_children(pid: int) -> None:
 
 
 def add_workers_option(parser) -> None:
-    parser.add_argument("--workers", type=int, default=8 * os.cpu_count(), help="environments' processes, one for each episode in "
-                        "flight; at most --max-live; default: %(default)s, eight a core")
+    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    parser.add_argument("--workers", type=int, default=8 * cores, help="environments' processes, one for each episode in "
+                        "flight; at most --max-live; default: %(default)s, eight a core, shared by the processes of this host")
 
 
 def workers_of(args, episodes: int) -> int:

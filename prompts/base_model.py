@@ -39,9 +39,9 @@ def draft_sampling(args: argparse.Namespace, key: str, attempt: int) -> dict:
             "max_tokens": args.max_tokens, "seed": stable_seed(args.seed, key, attempt)}
 
 
-def drafts(engine, items: list[dict], request: Callable[[dict, int], tuple[list[str], dict]],
-           check: Callable[[dict, Output], tuple[str, str | None]], attempts: int, max_live: int
-           ) -> Iterator[tuple[dict, str | None, list[str]]]:
+def drafts(engine, items: list[str], request: Callable[[str, int], tuple[list[str], dict]],
+           check: Callable[[str, Output], tuple[str, str | None]], attempts: int, max_live: int
+           ) -> Iterator[tuple[str, str | None, list[str]]]:
     """Generate once for every item and again where a check fails, up to `attempts` times.
 
     request(item, attempt) gives the turns and sampling options, check(item, output) the usable text and None,

@@ -11,8 +11,23 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from urllib.parse import urljoin
 
-from common import (CHAT_ARGS, ENDLESS, FAILED, PERMANENT, ChatFormat, Engine, Output, UserError, bfloat16_is_fast,
-                    check_model_folder)
+from common import ENDLESS, FAILED, PERMANENT, Output, UserError, launched
+from prompts.model import CHAT_ARGS, ChatFormat, add_chat_options, bfloat16_is_fast, check_model_folder, json_object
+
+
+class Engine:
+    """What both engines count."""
+
+    tokens_in = tokens_out = endless = 0
+
+    def count(self, outputs: list[Output]) -> list[Output]:
+        self.tokens_out += sum(output.tokens for output in outputs)
+        self.endless += sum(output.finish == "repetition" for output in outputs)
+        return outputs
+
+    def written(self) -> str:
+        endless = f", {self.endless} outputs ended since they repeated themselves without end" if self.endless else ""
+        return f"{self.tokens_out} tokens out{endless}"
 
 
 class LocalEngine(Engine):
@@ -48,6 +63,10 @@ class LocalEngine(Engine):
             # the prefix cache, and a turn is shorter than the default 128 tokens.
             options = {"enforce_eager": True, "dtype": "bfloat16" if bfloat16_is_fast() else "float32",
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max_model_len, "block_size": 32}
+        elif launched()[1] > 1:
+            local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+            size = engine_args.get("tensor_parallel_size", 1) * engine_args.get("pipeline_parallel_size", 1)
+            options = {"device_ids": devices(local, current_platform.device_count(), size)}
         own = {"model": model, "max_model_len": max_model_len, "seed": seed, "tokenizer_mode": "hf",  # as in training
                "disable_log_stats": False}  # `usage` reads them
         options |= own | {"enable_prefix_caching": True, "use_tqdm_on_load": False, "generation_config": "vllm"}
@@ -154,6 +173,17 @@ class LocalEngine(Engine):
         rate = counted["vllm:prefix_cache_hits"] / max(1, counted["vllm:prefix_cache_queries"])
         return (f"{self.tokens_in} tokens of prompts in (prefix cache hit rate {100 * rate:.0f} %), "
                 f"{self.written()}")
+
+
+def devices(local: int, visible: int, size: int) -> list[int]:
+    """The GPUs of the process number `local` on this host, `size` for each: its own among all that are visible, or those
+    that the launcher has let it see. Raises UserError where there are too few."""
+    if visible == size:
+        return list(range(size))
+    if visible < size * (local + 1):
+        raise UserError(f"process {local} of this host needs {size} GPUs of its own and {visible} are visible; start fewer "
+                        "processes a host")
+    return list(range(size * local, size * (local + 1)))
 
 
 PROBE = "Hello"
@@ -374,6 +404,23 @@ def context_overflow(error: str) -> tuple[int, int] | None:
     limit = re.search(r"context (?:length|size|window)\D{0,20}(\d+)", error)
     prompt = re.search(r"(\d+) (?:tokens )?(?:in|from) the (?:messages|prompt|input)|(\d+) (?:input|prompt) tokens", error)
     return (int(limit[1]), int(prompt[1] or prompt[2])) if limit and prompt else (0, 0)
+
+
+def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperature: float, max_tokens: int) -> None:
+    """The options of every stage that generates."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--model", required=True, metavar="FOLDER", help=f"{model}: a folder, a hub name, or with "
+                       "--api-base the name the server knows")
+    group.add_argument("--api-base", metavar="URL", help="use this OpenAI-compatible server, such as "
+                       "http://localhost:8000/v1 of `vllm serve`, instead of vLLM in this process")
+    group.add_argument("--temperature", type=float, default=temperature, help="default: %(default)s")
+    group.add_argument("--max-tokens", type=int, default=max_tokens, help="most tokens of one output; default: %(default)s")
+    group.add_argument("--max-model-len", type=int, default=8192, help="longest context in tokens; default: %(default)s")
+    group.add_argument("--max-live", type=int, default=16, help="requests or episodes in flight; default: %(default)s")
+    group.add_argument("--engine-args", type=json_object, default={}, metavar="JSON", help="more of vLLM's EngineArgs, such "
+                       """as '{"tensor_parallel_size": 2}' for a model that one GPU does not hold; without --api-base""")
+    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    add_chat_options(group)
 
 
 def make_engine(args: argparse.Namespace) -> Engine:

@@ -32,13 +32,14 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import ChatFormat, UserError, bfloat16_is_fast, dialogue, generate, progress, run_stage, turn_sampling
+from common import UserError, dialogue, generate, progress, run_stage, turn_sampling
 from environments import choose_tasks
 from environments.alfworld import AlfWorld, game_path, game_tasks, games_root
 from environments.scienceworld import ScienceWorld, java_folder
 from environments.workers import EnvironmentPool, Playing, play
 from practice_games import write_practice_games
 from prompts.engine import LocalEngine
+from prompts.model import ChatFormat, bfloat16_is_fast
 from stage5_finetune import make_trainer, training_sequences
 
 PARTS = ("rollouts", "growth", "environments", "sampling", "training")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common import CHAT_ARGS, ChatFormat, UserError
+from common import UserError
+from prompts.model import CHAT_ARGS, ChatFormat
 from stage5_finetune import supervised_tokens
 
 FOLDER = Path(__file__).with_name("templates")

@@ -13,11 +13,12 @@ from argparse import Namespace
 
 import pytest
 
-from common import ChatFormat, UserError, bfloat16_is_fast, dialogue, generate, parse_turn
+from common import UserError, dialogue, generate, parse_turn
 from conftest import LONG, MODEL
 from evaluate import AT_ONCE
 from prompts.base_model import drafts
 from prompts.engine import LocalEngine, ServerEngine, make_engine
+from prompts.model import ChatFormat, bfloat16_is_fast
 from stage5_finetune import supervised_tokens, training_sequences
 from test_stages import ROW, STEP
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from common import ChatFormat, Trajectory, read_rows
+from common import Trajectory, read_rows
 from conftest import ROOT, Server, serve
+from prompts.model import ChatFormat
 from stage5_finetune import training_sequences
 
 MOVES = ["look around", "teleport to outside", "teleport to kitchen", "focus on agent", "wait1", "fly away"]

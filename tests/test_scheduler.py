@@ -7,12 +7,13 @@ import pytest
 
 import common
 import stage5_finetune
-from common import ChatFormat, stable_seed
+from common import stable_seed
 from conftest import MODEL, MOVES
 from environments import Result, choose_tasks, workers
 from environments.alfworld import game_tasks
 from environments.workers import EnvironmentPool, Playing, play
 from practice_games import write_practice_games
+from prompts.model import ChatFormat
 from prompts.small_model import four_refused
 from stage2_rollout import branch, refused, sampled_rollout
 from test_stages import CANDIDATE, ROW, STEP
