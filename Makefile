@@ -12,7 +12,8 @@ SHELL := /bin/bash
 
 # ---- Variables: `make all N=3 ITERS=2` ----
 # `make help` shows these lines with the current values.
-#: PROFILE        laptop: every part once on 2 cores; small: a night on 2 cores; paper: section 5.3's numbers
+#: PROFILE        laptop: every part once on 2 cores; small: a night on 2 cores; gpu: the paper's method in a night on one GPU of
+#:                24 GB; paper: section 5.3's numbers, on eight
 #: ENV            scienceworld or alfworld
 #: RUN            the run's name: everything that it makes is in runs/RUN
 #: ITERS          iterations
@@ -101,6 +102,17 @@ TEST_TASKS ?= 60
 LEARNING_RATE ?= 5e-4
 BATCH_SIZE ?= 4
 endif
+else ifeq ($(PROFILE),gpu)
+MODEL ?= Qwen/Qwen2.5-1.5B-Instruct
+ITERS ?= 2
+N ?= 5
+TASKS ?= 480
+# With Adam's state all weights of such a model take 25 GB; an adapter's learning rate is higher than that of whole weights.
+LORA_RANK ?= 64
+LEARNING_RATE ?= 1e-4
+BATCH_SIZE ?= 16
+MAX_TOKENS ?= 512
+MAX_LIVE ?= 64
 else ifeq ($(PROFILE),paper)
 MODEL ?= meta-llama/Llama-3.1-8B-Instruct
 ITERS ?= 3
@@ -114,10 +126,13 @@ MAX_MODEL_LEN ?= 16384
 MAX_LIVE ?= 128
 # One process on each GPU of this host.
 GENERATE ?= $(VENV)/bin/torchrun --standalone --nproc-per-node gpu
-# With Adam's state eight billion weights do not fit on one GPU. Activations are computed twice: else they do not fit on eight.
-LAUNCH ?= $(VENV)/bin/accelerate launch --num_machines 1 --num_processes $(GPUS) --mixed_precision bf16 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_activation_checkpointing true
+# With Adam's state eight billion weights do not fit on one GPU; activations are computed twice. The number of processes is
+# explicit: a user's own configuration of accelerate may say another. Where no GPU is seen, as in a dry run, it is eight.
+COMMA := ,
+GPUS = $(words $(if $(CUDA_VISIBLE_DEVICES),$(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES)),$(shell nvidia-smi -L 2>/dev/null | grep -o '^GPU[^:]*' | tr -d ' ')))
+LAUNCH ?= $(VENV)/bin/accelerate launch --num_machines 1 --num_processes $(or $(filter-out 0,$(GPUS)),8) --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_activation_checkpointing true
 else
-$(error PROFILE is '$(PROFILE)'; it can be laptop, small or paper)
+$(error PROFILE is '$(PROFILE)'; it can be laptop, small, gpu or paper)
 endif
 ifeq ($(filter scienceworld alfworld,$(ENV)),)
 $(error ENV is '$(ENV)'; it can be scienceworld or alfworld)
@@ -139,7 +154,6 @@ TEMPERATURE ?= 1.0
 SEED ?= 0
 GENERATE ?= $(PYTHON)
 LAUNCH ?= $(PYTHON)
-GPUS = $(or $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU),$(error PROFILE=paper trains on GPUs, and nvidia-smi shows none; set LAUNCH))
 
 # ALFWorld's games: ALFWORLD_DATA, the package's own folder, else the practice games, which say so in the run's name.
 ifeq ($(ENV),alfworld)
@@ -151,8 +165,8 @@ PRACTICE := $(if $(findstring practice,$(ALFWORLD_DATA)),-practice)
 SWITCH ?= better
 endif
 # In the name: a second model must not overwrite the first, and the paper's experts are published ones.
-ifeq ($(PROFILE),paper)
-RUN ?= paper-$(notdir $(strip $(MODEL)))-$(ENV)$(PRACTICE)$(if $(strip $(PUBLISHED)),,-collected)
+ifneq ($(filter gpu paper,$(PROFILE)),)
+RUN ?= $(PROFILE)-$(notdir $(strip $(MODEL)))-$(ENV)$(PRACTICE)$(if $(strip $(PUBLISHED)),,-collected)
 endif
 RUN ?= $(PROFILE)-$(ENV)$(PRACTICE)
 

@@ -220,22 +220,29 @@ def evaluate(args: argparse.Namespace) -> None:
     tries = {split: {f"{split}/{task}/try{n}": task for task in tasks[split] for n in range(args.best_of)} for split in tasks}
     settings = {name: value for name, value in settings_of(args).items() if name != "splits"}
     inputs = [args.model, *files_of(args.env), *([args.example] if args.example else [])]
+
+    def episode_of(key: str) -> Playing:
+        _, task = todo[key]
+        return Playing(key, task, turn_limit(task, args.max_turns), example=choose_example(task, experts) if experts else None)
+
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(StageOutput(Path(args.out) / f"eval-{split}.jsonl", settings | {"split": split},
                                                           inputs, [evaluate, file_of(args.env)])) for split in tasks}
         share = set(my_share({key: task for of_split in tries.values() for key, task in of_split.items()}))
-        todo = {Playing(key, task, turn_limit(task, args.max_turns), example=choose_example(task, experts) if experts else None): split
-                for split in tasks for key, task in tries[split].items() if key in share and key not in outputs[split].done}
+        todo = {key: (split, task) for split in tasks for key, task in tries[split].items()
+                if key in share and key not in outputs[split].done}
         if todo:
             pool = stack.enter_context(EnvironmentPool(args.env, workers_of(args, len(todo))))
             engine = make_engine(args)
             sampling = turn_sampling(args.temperature, args.max_tokens) | ({"regex": AT_ONCE} if args.no_deliberation else {})
-            episodes = failures_last(play(todo, engine, pool, sampling, args.seed), lambda episode: failure(episode.end), len(share))
+            episodes = failures_last(play(map(episode_of, todo), engine, pool, sampling, args.seed),
+                                     lambda episode: failure(episode.end), len(share))
             for episode in progress(episodes, total=len(todo), desc="evaluate"):
                 if args.no_deliberation and any("candidates" in step for step in episode.steps):
                     raise UserError(f"{args.api_base or args.model} lets the model deliberate; --no-deliberation needs an "
                                     "engine that holds outputs to a regular expression, as vLLM does")
-                outputs[todo[episode]].write(episode_row(episode, todo[episode]))
+                split, _ = todo[episode.key]
+                outputs[split].write(episode_row(episode, split))
             print(engine.usage())
         if not join(*((output, tries[split]) for split, output in outputs.items())):
             return

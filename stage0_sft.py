@@ -34,7 +34,8 @@ from common import (FAILED, PERMANENT, StageOutput, UserError, digest, duration,
                     progress, run_stage, settings_of)
 from environments import TABLE, Environment, choose_tasks, file_of, of, replay, task_type
 from environments.workers import EnvironmentPool
-from stage5_finetune import add_training_options, finetune, save_checkpoint
+from prompts.model import save_checkpoint
+from stage5_finetune import add_training_options, finetune
 
 LONGEST_CONSENT = 200  # characters of an agent's first turn that only agrees to the instruction
 

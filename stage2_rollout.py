@@ -134,11 +134,11 @@ def roll_out(args: argparse.Namespace) -> None:
 
         sampled = {key: row["task"] for key, (row, place) in work.items() if not row["candidates"][place]["from_expert"]}
         share = my_share(sampled)
-        todo = [episode_of(key) for key in share if key not in output.done]
+        todo = [key for key in share if key not in output.done]
         if todo:
             with EnvironmentPool(label, workers_of(args, len(todo))) as pool:
                 engine = make_engine(args)
-                played = failures_last(play(todo, engine, pool, turn_sampling(args.temperature, args.max_tokens), args.seed),
+                played = failures_last(play(map(episode_of, todo), engine, pool, turn_sampling(args.temperature, args.max_tokens), args.seed),
                                        lambda episode: failure(episode.end), len(share))
                 for episode in progress(played, total=len(todo), desc="rollout"):
                     row, place = work[episode.key]

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Collection
 from datetime import timedelta
@@ -31,7 +29,8 @@ from pathlib import Path
 from common import (Provenance, UserError, dialogue, duration, forget_other_training, label_of, locked, prompt_path, publish,
                     run_stage, settings_of)
 from environments import read_trajectories
-from prompts.model import ChatFormat, add_chat_options, bfloat16_is_fast, check_model_folder
+from prompts.model import (ChatFormat, add_chat_options, bfloat16_is_fast, check_model_folder, check_saving, generation_config,
+                           save_checkpoint)
 
 CHECKPOINTS = 5  # of a training; a kill costs the steps since the last one
 
@@ -141,32 +140,6 @@ def load_model(args: argparse.Namespace):
     return model, tokenizer, stored_as
 
 
-def check_saving(model, tokenizer) -> None:
-    """Raise UserError if what was loaded cannot be saved: better now than after the training."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    try:
-        if getattr(model.config, "quantization_config", None):
-            raise ValueError("its weights are quantized; take the model with plain ones")
-        with torch.device("meta"):  # as `save_checkpoint` will
-            twin = AutoModelForCausalLM.from_config(model.config)
-        if other := set(twin.state_dict()) ^ set(model.state_dict()):
-            raise ValueError(f"transformers would save it with other weights: {', '.join(sorted(other)[:3])}")
-        with tempfile.TemporaryDirectory() as folder:
-            for part in model.config, model.generation_config, tokenizer:
-                part.save_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{model.name_or_path}: was loaded and cannot be saved again ({' '.join(str(error).split())}); mend that "
-                        "before the training") from None
-
-
-def generation_config(model):
-    """A model's generation config as it can be written: some set a temperature and no do_sample, and mean to sample."""
-    config = copy.deepcopy(model.generation_config)
-    config.do_sample = config.do_sample or any(getattr(config, name) is not None for name in ("temperature", "top_p", "top_k"))
-    return config
-
-
 def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespace, folder: Path):
     """transformers' Trainer for the options of `add_training_options`; it keeps its checkpoints in `folder`."""
     import torch
@@ -193,7 +166,7 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
         # Else each device holds whole gradients, in bf16, while it accumulates.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
         # On a CPU, casting the weights to bf16 costs more than it saves.
-        gradient_checkpointing=on_gpu and large, bf16=on_gpu and bfloat16_is_fast(), use_cpu=not on_gpu,
+        gradient_checkpointing=on_gpu and large and not sharded, bf16=on_gpu and bfloat16_is_fast(), use_cpu=not on_gpu,
         # Tasks of one type are of about one length: grouped, a step learns from few of them. Only padding is
         # worth that.
         train_sampling_strategy="group_by_length" if args.micro_batch_size > 1 else "random",
@@ -204,7 +177,19 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
     trainer = Trainer(model=model, train_dataset=sequences, args=arguments,
                       data_collator=lambda rows: keep_supervised_logits({**pad(rows)}))
     trainer.remove_callback(PrinterCallback)  # the losses go to training.json and the summary line
+    trainer.add_callback(no_checkpoint_at_the_end())
     return trainer
+
+
+def no_checkpoint_at_the_end():
+    """A callback: a checkpoint is three times as large as the model, which is about to be written itself."""
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_save &= state.global_step < state.max_steps
+
+    return Callback()
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -266,19 +251,6 @@ def train(trainer, tokenizer, stored_as, part: Path, provenance: Provenance | No
             raise
         raise UserError(f"{part}: cannot be written or read ({str(error).splitlines()[0]}); make room, then the same "
                         "command goes on from the last checkpoint; delete one that cannot be read") from None
-
-
-def save_checkpoint(weights: dict, source, dtype, folder: Path) -> None:
-    """Write whole `weights` as a plain checkpoint in `dtype`, with the configuration of the model that they are
-    from: that may be sharded, or marked as quantized, so a new one takes them."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
-    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
-    model.tie_weights()
-    model.generation_config = generation_config(source)
-    model.save_pretrained(folder)
 
 
 def training_tokens(model: str) -> float:

@@ -91,6 +91,19 @@ def workers_of(args, episodes: int) -> int:
     return min(args.workers, args.max_live, episodes)
 
 
+def make_room_for(workers: int) -> None:
+    """Each worker takes three or four file descriptors, and many systems give a process 1,024 unless it asks for more.
+    Raises UserError where they allow too few."""
+    import resource
+    needed = 4 * workers + 300
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(f"{workers} environments need {needed} open files and the system allows {hard}; `ulimit -Hn` shows "
+                            f"it; give --workers {max(1, (hard - 300) // 4)}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class EnvironmentPool:
     """`size` worker processes, each hosting one environment and playing one episode at a time. A worker whose
     memory has grown beyond MEMORY_OF_A_WORKER is replaced before its next episode; one that owes an answer for
@@ -100,6 +113,7 @@ class EnvironmentPool:
         self.env = env
         self.memory: dict[int, int] = {}
         self.due: dict[int, float] = {}  # when an answer is late
+        make_room_for(size)
         self.context = multiprocessing.get_context("spawn")  # a forked child would inherit the JVM's pipes and threads
         self.workers: dict[int, tuple] = {}
         for worker in range(size):

@@ -1,11 +1,15 @@
-"""What training and generation share of a model: its folder, its number format, and how a dialogue becomes tokens."""
+"""What the stages share of a model: its folder, its number format, how a dialogue becomes its tokens, how it is saved."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import re
+import tempfile
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import THINKING, UserError
@@ -30,7 +34,8 @@ class ChatFormat:
         self.tokenizer, self.chat_args = tokenizer, CHAT_ARGS | (chat_args or {})
         if not tokenizer.chat_template:
             raise self._unfit("there is none; use an instruction-tuned model")
-        self._ids = functools.lru_cache(maxsize=10_000)(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+        # As many as a thousand long dialogues have; arrays, since a list of integers is nine times as large.
+        self._ids = functools.lru_cache(maxsize=100_000)(lambda text: array("i", tokenizer(text, add_special_tokens=False).input_ids))
         self._cut()
         self._check()
 
@@ -90,7 +95,7 @@ class ChatFormat:
         if blocks.sub("", whole).strip() != blocks.sub("", self._render(turns)).strip():
             raise self._unfit("it writes turns in a longer dialogue unlike in a shorter one")
 
-    def pieces(self, turns: list[str | list[int]]) -> list[list[int]]:
+    def pieces(self, turns: list[str | list[int]]) -> list[Sequence[int]]:
         """Token ids of each turn with the template's text around it; odd ones are exactly what the agent
         writes, and may be given as the ids that it wrote: there is more than one way to spell a text, and the
         cache knows only the one."""
@@ -104,7 +109,7 @@ class ChatFormat:
                 pieces.append(self._ids(self.after_reply + turn + self.after_next))
         return pieces
 
-    def _reply(self, turn: str) -> list[int]:
+    def _reply(self, turn: str) -> Sequence[int]:
         """The ids of an agent's turn as they follow its prompt: some tokenizers begin every text with a blank."""
         before, whole = self._ids(self.after_next), self._ids(self.after_next + self.lead + turn + self.trail)
         return whole[len(before):] if whole[:len(before)] == before else self._ids(self.lead + turn + self.trail)
@@ -136,6 +141,45 @@ def check_model_folder(model: str) -> None:
             raise UserError(f"{folder}: has no *.safetensors weights; was the training that writes it interrupted?")
     elif model.startswith((".", "/", "runs/", "models/")):
         raise UserError(f"{folder}: there is no such model folder; train it first, or check --model")
+
+
+def check_saving(model, tokenizer) -> None:
+    """Raise UserError if what was loaded cannot be saved: better now than after the training."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    try:
+        if getattr(model.config, "quantization_config", None):
+            raise ValueError("its weights are quantized; take the model with plain ones")
+        with torch.device("meta"):  # as `save_checkpoint` will
+            twin = AutoModelForCausalLM.from_config(model.config)
+        if other := set(twin.state_dict()) ^ set(model.state_dict()):
+            raise ValueError(f"transformers would save it with other weights: {', '.join(sorted(other)[:3])}")
+        with tempfile.TemporaryDirectory() as folder:
+            for part in model.config, model.generation_config, tokenizer:
+                part.save_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{model.name_or_path}: was loaded and cannot be saved again ({' '.join(str(error).split())}); mend that "
+                        "before the training") from None
+
+
+def generation_config(model):
+    """A model's generation config as it can be written: some set a temperature and no do_sample, and mean to sample."""
+    config = copy.deepcopy(model.generation_config)
+    config.do_sample = config.do_sample or any(getattr(config, name) is not None for name in ("temperature", "top_p", "top_k"))
+    return config
+
+
+def save_checkpoint(weights: dict, source, dtype, folder: Path) -> None:
+    """Write whole `weights` as a plain checkpoint in `dtype`, with the configuration of the model that they are
+    from: that may be sharded, or marked as quantized, so a new one takes them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
+    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    model.tie_weights()
+    model.generation_config = generation_config(source)
+    model.save_pretrained(folder)
 
 
 def add_chat_options(group) -> None:

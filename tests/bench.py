@@ -12,6 +12,8 @@ holds medians over rounds in which the two take turns:
     environments  load and reset, a step, and a branch at step 10, against the stock packages
     sampling      stage 1's N samples in one request against N requests
     training      against transformers' Trainer with padded batches of 2, in the same precision
+    encoding      a prompt among 600 live dialogues against one that is alone
+    bookkeeping   what stages 2 to 4 do besides asking a model, for 20,000 rollouts of 30 steps against 5,000
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError, dialogue, generate, progress, run_stage, turn_sampling
+from common import UserError, dialogue, generate, progress, run_stage, turn_sampling, write_rows
 from environments import choose_tasks
 from environments.alfworld import AlfWorld, game_path, game_tasks, games_root
 from environments.scienceworld import ScienceWorld, java_folder
@@ -42,7 +44,7 @@ from prompts.engine import LocalEngine
 from prompts.model import ChatFormat, bfloat16_is_fast
 from stage5_finetune import make_trainer, training_sequences
 
-PARTS = ("rollouts", "growth", "environments", "sampling", "training")
+PARTS = ("rollouts", "growth", "environments", "sampling", "training", "encoding", "bookkeeping")
 TYPES = "find-animal,find-living-thing,find-plant,lifespan-longest-lived,lifespan-shortest-lived"  # short ones
 BRANCH_AT = 10
 GAMES = 7  # a round
@@ -309,7 +311,7 @@ def training(table: Table, args: argparse.Namespace, experts: list[dict]) -> Non
 
     def ours(model, folder: str):
         options = argparse.Namespace(epochs=1, learning_rate=1e-5, batch_size=8, micro_batch_size=1, lora_rank=0,
-                                     seed=0)
+                                     warm_up=0.03, seed=0)
         return make_trainer(model, tokenizer, sequences, options, Path(folder))
 
     def padded(model, folder: str):
@@ -334,6 +336,93 @@ def training(table: Table, args: argparse.Namespace, experts: list[dict]) -> Non
     table.add("training all weights, against Trainer with padding", "tokens/s", *map(list, zip(*times)), at_least=1.5)
 
 
+# --- The paper's size ---------------------------------------------------------------------------------------------
+
+OBSERVATION = "You see a table, and on it a bowl, a knife and an apple. " * 14
+CANDIDATES = 5  # a step, the expert's with them
+STEPS = 30
+
+
+def encoding(table: Table, args: argparse.Namespace) -> None:
+    """Each of the dialogues grows by a turn while all others do."""
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    def milliseconds(live: int) -> float:
+        chat = ChatFormat(tokenizer)
+        turns = [dialogue("scienceworld/boil/0", f"Task {n}.", []) for n in range(live)]
+        spent = 0.0
+        for t in range(12):
+            spent += seconds(lambda: [chat.encode(each) for each in turns])
+            for n, each in enumerate(turns):
+                each += [f"Thought: {n}, {t}.\nAction: look around", f"Observation: {n}, {t}. {OBSERVATION[:400]}"]
+        return 1000 * spent / live / 12
+
+    times = [(milliseconds(600), milliseconds(1)) for _ in progress(range(args.rounds), desc="encoding")]
+    table.add("encoding a prompt among 600 live dialogues, against one alone", "ms", *map(list, zip(*times)), at_most=1.5)
+
+
+def step(t: int, name: str) -> dict:
+    return {"thought": f"I do {name} next.", "action": f"look at {name} {t}", "observation": f"{t}: {OBSERVATION}", "reward": t / STEPS,
+            "accepted": True}
+
+
+def write_inputs(folder: Path, rollouts: int) -> None:
+    """Expert trajectories and candidates of all their steps for so many sampled rollouts."""
+    tasks = [f"scienceworld/find-animal/{n}" for n in range(rollouts // (CANDIDATES - 1) // STEPS)]
+    write_rows(folder / "expert.jsonl", ({"key": task, "task": task, "instruction": "Find it.", "steps": [step(t, "it") for t in range(STEPS)],
+                                          "reward": 1.0, "source": "bench"} for task in tasks))
+    write_rows(folder / "candidates.jsonl", ({"key": f"{task}/step{t + 1}", "task": task, "step": t + 1, "invalid": 0, "flagged": True,
+                                              "candidates": [{"action": step(t, name)["action"], "thought": "I try.", "count": 1,
+                                                              "from_expert": name == "it"} for name in ("it", *"abcd")]}
+                                             for task in tasks for t in range(STEPS)))
+
+
+def played(episodes: list[Playing], *_: object):
+    """In place of `play`: the policy goes on to the end at once."""
+    for episode in episodes:
+        episode.steps = [*episode.forced[:-1], *(step(t, "b") | {"action": episode.forced[-1]["action"] if not t else f"go {t}"}
+                                                 for t in range(STEPS))]
+        episode.end = "turn limit"
+        yield episode
+
+
+def bookkeeping_of(stage: str, folder: str) -> tuple[float, float]:
+    """(seconds, MiB at most) of a stage without a model, in a process of its own."""
+    import importlib
+    module = importlib.import_module(stage)
+    module.play, module.EnvironmentPool = played, lambda *_: contextlib.nullcontext()
+    module.make_engine = lambda args: argparse.Namespace(usage=str)
+    os.chdir(folder)
+    sys.argv = [stage, "--trajectories", "expert.jsonl", "--model", "none"] + {
+        "stage2_rollout": ["--candidates", "candidates.jsonl", "--out", "rollouts.jsonl"],
+        "stage3_critique": ["--rollouts", "rollouts.jsonl", "--attempts", "0", "--out", "critiques.jsonl"],
+        "stage4_synthesize": ["--candidates", "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl",
+                              "--attempts", "0", "--out", "deliberations.jsonl"]}[stage]
+    with contextlib.redirect_stdout(None):
+        spent = seconds(module.main)
+    most = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())  # getrusage's begins with the parent's
+    return spent, int(most[1]) / 1024
+
+
+def bookkeeping(rollouts: int) -> dict[str, tuple[float, float]]:
+    """{stage: (seconds, MiB at most)} for so many rollouts."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder), rollouts)
+        found = {}
+        for stage in ("stage2_rollout", "stage3_critique", "stage4_synthesize"):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                found[stage] = process.submit(bookkeeping_of, stage, folder).result()
+        return found
+
+
+def add_bookkeeping(table: Table) -> None:
+    many, few = bookkeeping(20_000), bookkeeping(5_000)
+    for stage, (spent, memory) in many.items():
+        table.add(f"{stage}, 20,000 rollouts against 5,000", "ms a rollout", [spent / 20], [few[stage][0] / 5], at_most=1.25)
+        table.add(f"{stage}, the most memory", "MiB", [memory], [few[stage][1]], at_most=4)
+
+
 def main() -> None:
     args = parse_arguments()
     parts = args.only.split(",")
@@ -342,6 +431,10 @@ def main() -> None:
     table = Table()
     if "environments" in parts:
         environments(table, args)
+    if "encoding" in parts:
+        encoding(table, args)
+    if "bookkeeping" in parts:
+        add_bookkeeping(table)
     experts = expert_trajectories() if {"sampling", "training"} & set(parts) else []
     if "training" in parts:
         training(table, args, experts)

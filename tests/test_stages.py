@@ -15,7 +15,7 @@ from conftest import LONG, MODEL, ROOT, Server, serve
 from environments.alfworld import AlfWorld
 from environments.scienceworld import ScienceWorld
 from stage0_sft import published_turns, read_published
-from stage5_finetune import check_saving
+from prompts.model import check_saving
 
 STEP = {"thought": "I look.", "action": "look around", "observation": "a room", "reward": 1.0, "accepted": True}
 ROW = {"key": "scienceworld/find-animal/0", "task": "scienceworld/find-animal/0", "instruction": "Find an animal.",
