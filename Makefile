@@ -49,6 +49,7 @@ SHELL := /bin/bash
 #: GENERATE       how stages that generate start: Python, or a launcher of one process a GPU (torchrun, srun); the tasks are shared
 #: LAUNCH         how training starts: Python, or accelerate's launcher for several devices
 #: SEED           of everything
+#: LIKE           a run whose averages and speeds `make plan` goes by; empty: RUN itself where it has an iteration, else assumed ones
 PROFILE ?= laptop
 ENV ?= scienceworld
 PACKAGED := models/SmolLM2-135M-Instruct
@@ -178,7 +179,7 @@ READY := $(VENV)/ready
 ENV_PROMPT := prompts/$(strip $(ENV)).txt
 TASK_TABLE := $(wildcard environments/$(strip $(ENV))_tasks.txt)
 
-.PHONY: all iter study baselines report verify test test-long bench help venv data games clean FORCE
+.PHONY: all iter study baselines report verify plan test test-long bench help venv data games clean FORCE
 
 all: $(R)/report.md ## all iterations and evaluations, then report.md with its table of average rewards
 iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-unseen.jsonl ## only iteration ITER, only its stale stages
@@ -370,6 +371,9 @@ study: ## all, then token-matched SFT, the ablations and SAND acting at once, in
 
 report: ## report.md and its figures from the evaluations that RUN has
 	@$(PYTHON) evaluate.py report $(R)
+
+plan: $(BASE) ## requests, tokens, hours, memory and disk of this run, before anything is spent
+	@$(PYTHON) evaluate.py plan --env $(strip $(ENV)) --model $(MODEL) $(addprefix --tasks ,$(strip $(TASKS))) $(addprefix --test-tasks ,$(strip $(TEST_TASKS))) $(SELECT) --iterations $(strip $(ITERS)) --n-samples $(strip $(N)) --attempts $(strip $(ATTEMPTS)) --epochs '$(strip $(EPOCHS))' --lora-rank $(strip $(LORA_RANK)) --max-live $(strip $(MAX_LIVE)) $(addprefix --max-model-len ,$(strip $(MAX_MODEL_LEN))) $(addprefix --like ,$(or $(strip $(LIKE)),$(patsubst %/iter1/model/,%,$(wildcard $(R)/iter1/model/)))) $(PLAN)
 
 verify: ## compare RUN's files with what their sidecars say of inputs, prompts, code and versions
 	@$(PYTHON) evaluate.py verify $(R)

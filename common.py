@@ -436,6 +436,7 @@ class StageOutput:
         self.done = Kept()
         self.file = None
         self.finished = False
+        self.asked: dict = {}  # what the rows that this process has made have cost, for the sidecar
         self.locks = contextlib.ExitStack()
 
     def __enter__(self) -> StageOutput:
@@ -510,7 +511,7 @@ class StageOutput:
         included. The rows are asked for one by one, before the counts are."""
         finished = self.path.with_name(self.path.name + ".new")
         number = write_rows(finished, rows)
-        self.provenance.write(self.path, digest(finished), {"rows": number, **counts})
+        self.provenance.write(self.path, digest(finished), {"rows": number, **counts, **self.asked})
         os.replace(finished, self.path)
         self.finished = True
 
@@ -546,7 +547,9 @@ class Kept(Mapping):
                     return
                 try:
                     self.add(json.loads(line)["key"], path, len(line))
-                except (ValueError, TypeError, LookupError, RecursionError):
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}:{number}: not valid JSON ({error}); mend or delete the line") from None
+                except (TypeError, LookupError):
                     raise UserError(f"{path}:{number}: is no row with a key; delete the line") from None
 
     def add(self, key: str, path: Path, length: int) -> None:

@@ -6,6 +6,7 @@
     python evaluate.py compare runs/x runs/y
     python evaluate.py show runs/x/iter1/eval-unseen.jsonl --task find-animal/225
     python evaluate.py verify runs/x
+    python evaluate.py plan --env scienceworld --model models/SmolLM2-135M-Instruct --like runs/x
 
 `run` plays every test task once and writes OUT/eval-seen.jsonl and OUT/eval-unseen.jsonl, one episode a row
 with its whole transcript, and prints a line for each: average reward, reward a step and deliberation rate
@@ -20,12 +21,13 @@ with its whole transcript, and prints a line for each: average reward, reward a 
 `report` writes report.md and its figures into a run's folder: the paper's tables and figures for this run, and
 why episodes ended as they did. `compare` puts several runs into one table; those whose names differ only in
 -seedN are averaged. `show` prints one episode. `verify` compares a run's files with what their sidecars say of
-inputs, code and versions.
+inputs, code and versions. `plan` says what a run will ask for and what it needs, before anything is spent.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -36,6 +38,7 @@ from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median, stdev
+from typing import NamedTuple
 
 from common import (PACKAGES, ROOT, Candidates, Critique, Episode, Rollout, StageOutput, Trajectory, UserError, checked_rows,
                     code_digest, digest, duration, failure, failures_last, fraction, join, label_of, my_share, normalise,
@@ -69,7 +72,29 @@ def parse_arguments() -> argparse.Namespace:
                                 "differs")
     check.set_defaults(run=lambda args: verify(args.folder))
     check.add_argument("folder", type=Path, help="the run's folder, such as runs/laptop-scienceworld")
+    add_plan_options(commands.add_parser("plan", help="what a run will ask for and what it needs"))
     return parser.parse_args()
+
+
+def add_plan_options(planner: argparse.ArgumentParser) -> None:
+    planner.set_defaults(run=plan)
+    planner.add_argument("--env", required=True, choices=TABLE)
+    planner.add_argument("--model", required=True, metavar="FOLDER", help="the base model: a folder or a hub name")
+    planner.add_argument("--tasks", type=int, help="expert trajectories that are tried; default: all training tasks")
+    planner.add_argument("--test-tasks", type=int, help="test tasks of a split; default: all")
+    planner.add_argument("--types", metavar="A,B", help="only these task types; default: all")
+    planner.add_argument("--max-turns", type=int, help="a turn limit below the published ones")
+    planner.add_argument("--iterations", type=int, default=3, help="default: %(default)s")
+    planner.add_argument("--n-samples", type=int, default=5, help="N; default: %(default)s")
+    planner.add_argument("--attempts", type=int, default=3, help="0: the base model is not asked; default: %(default)s")
+    planner.add_argument("--epochs", default="3 3 1", help="of SFT, of the first iteration, of each later one; default: %(default)s")
+    planner.add_argument("--lora-rank", type=int, default=0, help="0 trains all weights; default: %(default)s")
+    planner.add_argument("--max-live", type=int, default=16, help="requests in flight; default: %(default)s")
+    planner.add_argument("--max-model-len", type=int, default=8192, help="longest context; default: %(default)s")
+    planner.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    planner.add_argument("--like", type=Path, metavar="RUN", help="take averages and speeds from this run, which has an iteration")
+    planner.add_argument("--tokens-per-second", type=float, help="that the engine writes, of all devices; default: the run's")
+    planner.add_argument("--training-tokens-per-second", type=float, help="of all devices; default: the run's")
 
 
 def add_run_options(run: argparse.ArgumentParser) -> None:
@@ -244,6 +269,8 @@ def evaluate(args: argparse.Namespace) -> None:
                 split, _ = todo[episode.key]
                 outputs[split].write(episode_row(episode, split))
             print(engine.usage())
+            for output in outputs.values():  # of all of them together
+                output.asked = engine.asked(len(todo), time.time() - started)
         if not join(*((output, tries[split]) for split, output in outputs.items())):
             return
         for split, output in outputs.items():
@@ -645,6 +672,149 @@ def draw_success(models: dict):
     axes[0].set_ylabel("share of tasks solved by then")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
     return figure
+
+
+# --- plan ---------------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """What a part of a run takes for each of its rows: on average in a run that is like it, or as assumed."""
+
+    requests: float
+    tokens_in: float
+    tokens_out: float
+    seconds: float | None = None  # None where no run has told
+    start: float = 0.0  # seconds before the first row
+
+
+def assumed_parts(typical: dict, n: int, most: float) -> dict[str, Part]:
+    """{part: what a row of it takes} where there is no run yet."""
+    steps, turns, first, step, acting, deliberating = typical.values()
+    longer = (deliberating - acting) / turns
+    acting, turns = acting * min(1, most / turns), min(turns, most)
+
+    def prompts(begin: float, end: float, longer: float = 0) -> float:
+        """Tokens of the prompts of the turns from one to another."""
+        return (end - begin) * (first + (step + longer) * (begin + end) / 2)
+
+    return {"SFT": Part(turns, prompts(0, turns), acting), "SAND": Part(turns, prompts(0, turns, longer), acting + turns * longer),
+            "candidates": Part(1, prompts(0, steps) / steps, n * acting / turns),
+            "rollouts": Part(turns / 2, prompts(turns / 2, turns), acting / 2),
+            "critiques": Part(1.3, 1.3 * (first + step * turns), 1.3 * 100),
+            "deliberations": Part(1.5, 1.5 * (first + step * steps / 2 + 300), 1.5 * 250),
+            "experts' tokens": Part(0, first + step * steps, 0), "deliberations' tokens": Part(0, first + (step + longer / 2) * steps, 0)}
+
+
+def measured_parts(run: Path) -> dict[str, Part]:
+    """The same from the sidecars of a run, for the parts that it has."""
+    found: dict[str, Part] = {}
+    files = {"base": run / "base" / "eval-unseen.jsonl", "SFT": run / "iter0" / "eval-unseen.jsonl",
+             "SAND": run / "iter1" / "eval-unseen.jsonl"}
+    stages = {name: run / "iter1" / f"{name}.jsonl" for name in ("candidates", "rollouts", "critiques", "deliberations")}
+    for name, file in (files | stages).items():
+        if asked := sidecar(file).get("counts", {}).get("asked"):
+            rows = asked["rows"]
+            found[name] = Part(asked["requests"] / rows, asked["tokens in"] / rows, asked["tokens out"] / rows,
+                               (asked["seconds"] - asked["seconds to start"]) / rows, asked["seconds to start"])
+    for name, model in ("experts' tokens", run / "iter0" / "model"), ("deliberations' tokens", run / "iter1" / "model"):
+        if (file := model / "training.json").exists():
+            made = json.loads(file.read_text())
+            found[name] = Part(0, made["tokens"] / made["trajectories"], 0,
+                               made["seconds"] / made["trajectories"] / made["settings"]["epochs"])
+    return found
+
+
+def measured_shares(run: Path) -> dict[str, float]:
+    """How many experts a task, steps an expert, flagged ones a step and sampled actions a flagged step a run has."""
+    found = {}
+    expert, candidates, rollouts = (sidecar(run / name).get("counts", {}) for name in
+                                    ("expert.jsonl", "iter1/candidates.jsonl", "iter1/rollouts.jsonl"))
+    if expert:
+        found["experts"] = expert["rows"] / expert["tasks"]
+    if candidates:
+        found |= {"steps": candidates["rows"] / expert["rows"], "flagged": candidates["flagged"] / candidates["rows"]}
+    if rollouts and candidates["flagged"]:
+        found["sampled"] = rollouts["sampled"] / candidates["flagged"]
+    return found
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print what a run will ask for and what it needs, before anything is spent."""
+    typical = of(args.env).TYPICAL
+    measured = measured_parts(args.like) if args.like else {}
+    if args.like and not measured:
+        raise UserError(f"{args.like}: has no sidecars that tell what its stages have asked for; run it again with this version")
+    parts = assumed_parts(typical, args.n_samples, args.max_turns or math.inf) | measured
+    parts.setdefault("base", parts["SFT"])
+    shares = {"experts": 1.0, "steps": typical["steps"], "flagged": 0.5, "sampled": 0.3 * args.n_samples}
+    shares |= measured_shares(args.like) if args.like else {}
+    tasks = len(choose_tasks(args.env, "train", args.types, args.tasks, args.seed))
+    tests = sum(len(choose_tasks(args.env, split, args.types, args.test_tasks, args.seed)) for split in TEST_SPLITS)
+    experts = tasks * shares["experts"]
+    steps = experts * shares["steps"]
+    flagged = steps * shares["flagged"]
+    sampled = flagged * shares["sampled"]
+    asked = bool(args.attempts)
+    first, later, last = map(float, args.epochs.split())
+    rows = [("base, evaluation", "base", 1, tests), ("SFT, training", "experts' tokens", 1, first * experts),
+            ("SFT, evaluation", "SFT", 1, tests), ("stage 1", "candidates", args.iterations, steps),
+            ("stage 2", "rollouts", args.iterations, sampled), ("stage 3", "critiques", args.iterations, asked * (flagged + sampled)),
+            ("stage 4", "deliberations", args.iterations, asked * flagged),
+            ("stage 5", "deliberations' tokens", 1, experts * (later + last * (args.iterations - 1))),
+            ("SAND, evaluation", "SAND", args.iterations, tests)]
+    print_costs([cost(what, parts[part], times, count, args) for what, part, times, count in rows], args)
+    print(f"{tasks} training tasks, {experts:.0f} experts, {steps:.0f} steps, {flagged:.0f} flagged, {sampled:.0f} sampled actions an "
+          f"iteration; {tests} test tasks. Per row " + (f"as in {args.like}" if args.like else "as assumed: a small run tells better, "
+          "with LIKE=runs/NAME") + ".\n")
+    print_needs(args, rollouts=sampled)
+
+
+def cost(what: str, part: Part, times: int, rows: float, args: argparse.Namespace) -> list[object]:
+    """[what, rows, requests, tokens in, tokens out, seconds or None]"""
+    numbers = [times * rows * each for each in (part.requests, part.tokens_in, part.tokens_out)]
+    rate = args.tokens_per_second if part.requests else args.training_tokens_per_second
+    seconds = times * (part.start * bool(rows) + rows * part.seconds) if part.seconds is not None else None
+    if rate:
+        seconds = (numbers[2] if part.requests else numbers[1]) / rate
+    return [what, times * rows, *numbers, seconds]
+
+
+def print_costs(costs: list[list], args: argparse.Namespace) -> None:
+    total = [sum(row[place] for row in costs if row[2]) for place in (2, 3, 4)]
+    known = [row[5] for row in costs if row[5] is not None]
+    costs = [*costs, ["in all", "", *total, sum(known) if len(known) == len(costs) else None]]
+    print(*table(["part", "rows", "requests", "tokens in", "tokens out", "hours"],
+                 ([what, *(f"{number:,.0f}" if number != "" else "" for number in numbers),
+                   "?" if seconds is None else f"{seconds / 3600:.2f}"] for what, *numbers, seconds in costs)), sep="\n")
+    if len(known) < len(costs) - 1:
+        print("Hours need a rate: --tokens-per-second and --training-tokens-per-second, or a run to go by, --like.\n")
+
+
+def print_needs(args: argparse.Namespace, rollouts: float) -> None:
+    """Memory and disk that the model needs, by its configuration."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        print(f"What '{args.model}' needs is unknown: {str(error).splitlines()[0]}")
+        return
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * 2 * config.num_hidden_layers * heads * size  # keys and values in bf16
+    number, gib = model.num_parameters(), 1 << 30
+    head = model.get_output_embeddings()
+    trained = args.lora_rank * sum(sum(module.weight.shape) for module in model.modules()
+                                   if isinstance(module, torch.nn.Linear) and module is not head) or number
+    print(*table(["need", "GiB"], [
+        ["weights while generating, bf16", f"{2 * number / gib:.1f}"],
+        [f"cache of {args.max_live} contexts of {args.max_model_len} tokens, at most", f"{args.max_live * args.max_model_len * token / gib:.1f}"],
+        ["training: weights in fp32, gradients and Adam's state, of all devices", f"{(4 * number + 12 * trained) / gib:.1f}"],
+        [f"disk, {args.iterations + 1} models in bf16", f"{(args.iterations + 1) * 2 * number / gib:.1f}"],
+        ["disk, two checkpoints of a training", f"{2 * 12 * trained / gib:.1f}"],
+        ["disk, rows of an iteration", f"{rollouts * 30 * 900 / gib:.2f}"]]), sep="\n")
 
 
 # --- compare, show, verify ---------------------------------------------------------------------------------------------

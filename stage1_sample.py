@@ -93,6 +93,7 @@ def sample(args: argparse.Namespace) -> None:
             output.write(candidate_row(key, *steps[key], outputs))
         if todo:
             print(engine.usage())
+            output.asked = engine.asked(len(todo), time.time() - started)
         if not join((output, steps)):
             return
         rows = [output.done[key] for key in steps]

@@ -146,6 +146,7 @@ def roll_out(args: argparse.Namespace) -> None:
                     strays += left_the_expert(episode, trajectory, row["step"], args.trajectories)
                     output.write(sampled_rollout(row, place, trajectory, episode))
                 print(engine.usage())
+                output.asked = engine.asked(len(todo), time.time() - started)
         if not join((output, sampled)):
             return
         counts = Counter({name: 0 for name in ("sampled", "refused", "beat the expert", "reward", "failed")})

@@ -175,6 +175,7 @@ def critique(args: argparse.Namespace) -> None:
             output.write(critique_row(rollouts[key], text, errors))
         if engine:
             print(engine.usage())
+            output.asked = engine.asked(len(todo), time.time() - started)
         if not join((output, judged)):
             return
         rows = [output.done[key] for key in judged]

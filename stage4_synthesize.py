@@ -65,9 +65,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-# --- The expert switch --------------------------------------------------------------------------------------------
-
-
 def switch_expert(trajectory: dict, rollouts: list[dict], how: str) -> dict:
     """The trajectory, or from the first step on where a rollout beats the expert, the best such rollout. It beats with
     more reward, and if `how` is "shorter" with as much in fewer steps, too."""
@@ -216,8 +213,7 @@ def check_critiques(args: argparse.Namespace, rows: list[dict], rollouts: list[d
 
 def plan(args: argparse.Namespace) -> tuple[list[dict], dict[str, dict]]:
     """(the trajectories, switched where a rollout is better; {key: a step that needs a deliberation})"""
-    files = (args.candidates, Candidates), (args.rollouts, Rollout), (args.critiques, Critique)
-    rows_of = [by_task(*file) for file in files]
+    rows_of = [by_task(*file) for file in ((args.candidates, Candidates), (args.rollouts, Rollout), (args.critiques, Critique))]
     if args.critiques:
         check_model(args.critiques, args.model)
     trajectories, items = [], []
@@ -259,6 +255,7 @@ def synthesize(args: argparse.Namespace) -> None:
             output.write({"key": key, "thought": thought, "draft_errors": errors})
         if engine:
             print(engine.usage())
+            output.asked = engine.asked(len(todo), time.time() - started)
         if not join((output, items)):
             return
         written = [output.done[key] for key in items]

@@ -35,6 +35,9 @@ class Environment:
     FILES: ClassVar[tuple[Path, ...]] = ()  # files that decide how tasks are played, besides the prompt
     STATEMENT: ClassVar = re.compile(r"Your task is to:?\s+(\S[^\n]*)")  # where an instruction states the task
     EXAMPLE_PER_TYPE: ClassVar = False  # whether prompted agents see an example of their task's type
+    # What a plan takes until a run says better: steps of an expert, turns of an agent, tokens of the first turn, tokens that a step
+    # adds, and those that an agent writes in an episode before and after it has learnt to deliberate.
+    TYPICAL: ClassVar = {"steps": 15, "turns": 20, "first": 1000, "step": 130, "acting": 800, "deliberating": 2400}
     PAPER: ClassVar[list[tuple[str, float, float]]] = []  # the paper's results: (method, seen, unseen) in percent
 
     @classmethod

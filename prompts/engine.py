@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from urllib.parse import urljoin
@@ -18,12 +19,19 @@ from prompts.model import CHAT_ARGS, ChatFormat, add_chat_options, bfloat16_is_f
 class Engine:
     """What both engines count."""
 
-    tokens_in = tokens_out = endless = 0
+    requests = tokens_in = tokens_out = endless = 0
+    seconds_to_start = 0.0
 
     def count(self, outputs: list[Output]) -> list[Output]:
+        self.requests += 1
         self.tokens_out += sum(output.tokens for output in outputs)
         self.endless += sum(output.finish == "repetition" for output in outputs)
         return outputs
+
+    def asked(self, rows: int, seconds: float) -> dict:
+        """For a sidecar: what the rows that this process has made have cost."""
+        return {"asked": {"rows": rows, "requests": self.requests, "tokens in": self.tokens_in, "tokens out": self.tokens_out,
+                          "seconds to start": round(self.seconds_to_start, 1), "seconds": round(seconds, 1)}}
 
     def written(self) -> str:
         endless = f", {self.endless} outputs ended since they repeated themselves without end" if self.endless else ""
@@ -425,9 +433,13 @@ def add_engine_options(parser: argparse.ArgumentParser, *, model: str, temperatu
 
 def make_engine(args: argparse.Namespace) -> Engine:
     """The engine that the options of `add_engine_options` ask for."""
+    started = time.time()
     if args.api_base:
         if args.engine_args:
             raise UserError("--engine-args are for vLLM in this process; with --api-base give them to the server")
-        return ServerEngine(args.api_base, args.model, max_model_len=args.max_model_len, chat_args=args.chat_args,
-                            n_samples=getattr(args, "n_samples", 1))
-    return LocalEngine(args.model, args.max_model_len, args.seed, args.engine_args, args.chat_args)
+        engine: Engine = ServerEngine(args.api_base, args.model, max_model_len=args.max_model_len, chat_args=args.chat_args,
+                                      n_samples=getattr(args, "n_samples", 1))
+    else:
+        engine = LocalEngine(args.model, args.max_model_len, args.seed, args.engine_args, args.chat_args)
+    engine.seconds_to_start = time.time() - started
+    return engine

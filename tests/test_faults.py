@@ -360,6 +360,20 @@ def test_a_failed_rollout_is_neither_judged_nor_compared(script, scripted, tmp_p
     assert [each["action"] for each in step["candidates"]] == ["look around", "fly"] and "failed_attempts" not in step
 
 
+def test_many_environments_get_the_files_they_need_or_are_told_how_many_there_can_be():
+    """Within soft limits of 1,024 open files, and of 256 that no process may raise."""
+    def limited(soft, hard):
+        return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    code = ("import resource; from environments.workers import make_room_for; make_room_for(400); "
+            "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for limits, says in (((1024, hard), "1900"), ((512, 512), "400 environments need 1900 open files and the system allows 512; "
+                                                              "`ulimit -Hn` shows it; give --workers 53")):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, preexec_fn=limited(*limits))
+        assert says in done.stdout + done.stderr
+
+
 # --- Files --------------------------------------------------------------------------------------------------------
 
 

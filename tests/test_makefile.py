@@ -311,13 +311,26 @@ def test_a_finished_run_is_as_it_was_made_until_something_changes(project):
         (project.run / "aside").rename(weights)
 
 
+def test_a_plan_by_a_finished_run_is_that_run(project):
+    """Requests, tokens in and tokens out of all stages, by `make plan` and by the sidecars."""
+    asked = [json.loads((project.run / f"{name}.meta.json").read_text())["counts"].get("asked") for name in (
+        "base/eval-unseen", "iter0/eval-unseen", "iter1/eval-unseen",
+        *(f"iter1/{stage}" for stage in ("candidates", "rollouts", "critiques", "deliberations")))]
+    spent = [sum(each[name] for each in asked if each) for name in ("requests", "tokens in", "tokens out")]
+    status, stdout, stderr = project.make("plan")
+    assert status == 0, stderr
+    planned = re.search(r"^\| in all \|  \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| \d+\.\d\d \|", stdout, re.MULTILINE)
+    assert [int(number.replace(",", "")) for number in planned.groups()] == pytest.approx(spent, rel=0.1)
+    assert "Per row as in runs/t." in stdout and "weights while generating" in stdout
+
+
 def test_help_explains_targets_and_variables_and_shows_their_values(project):
     status, stdout, _ = project.make("help", "TASKS=3")
     assert status == 0 and "make all" in stdout
     assert re.search(r"^  RUN +\S.* \[t\]$", stdout, re.MULTILINE) and re.search(r"^  TASKS +\S.* \[3\]$", stdout, re.MULTILINE)
     explained = set(re.findall(r"^  ([A-Z_]+) ", stdout, re.MULTILINE))
     settable = set(re.findall(r"^([A-Z_]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert settable - {"ALFWORLD_DATA", "PYTHON3"} <= explained and len(explained) <= 32
+    assert settable - {"ALFWORLD_DATA", "PYTHON3"} <= explained and len(explained) <= 33
 
 
 def test_an_ablation_leaves_out_its_stages_and_leaves_the_run_as_it_is(project):

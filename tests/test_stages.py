@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,8 +15,9 @@ from common import UserError
 from conftest import LONG, MODEL, ROOT, Server, serve
 from environments.alfworld import AlfWorld
 from environments.scienceworld import ScienceWorld
-from stage0_sft import published_turns, read_published
 from prompts.model import check_saving
+from stage0_sft import published_turns, read_published
+from stage5_finetune import make_trainer
 
 STEP = {"thought": "I look.", "action": "look around", "observation": "a room", "reward": 1.0, "accepted": True}
 ROW = {"key": "scienceworld/find-animal/0", "task": "scienceworld/find-animal/0", "instruction": "Find an animal.",
@@ -476,6 +478,54 @@ def test_two_processes_train_as_one_does(script, tmp_path, tiny_model, options):
     alone, together = (AutoModelForCausalLM.from_pretrained(tmp_path / out) for out in ("alone", "together"))
     for theirs, ours in zip(alone.parameters(), together.parameters(), strict=True):
         assert theirs.allclose(ours, atol=1e-4)
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from accelerate import Accelerator, DistributedType
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from prompts.model import save_checkpoint
+torch.distributed.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+for name, layer in enumerate(model.model.layers):  # as accelerate does with --fsdp_activation_checkpointing
+    model.model.layers[name] = checkpoint_wrapper(layer)
+    fully_shard(model.model.layers[name], mesh=mesh)
+fully_shard(model, mesh=mesh)
+weights = Accelerator.get_state_dict(SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True), model)
+if torch.distributed.get_rank() == 0:
+    save_checkpoint(weights, model, torch.float32, Path("out"))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_model_that_computes_activations_twice_is_saved_under_its_own_names(tmp_path, tiny_model):
+    from safetensors.torch import load_file
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "sharded.py",
+                           tiny_model], cwd=tmp_path, text=True, capture_output=True, timeout=600,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_training_keeps_one_checkpoint_and_writes_none_at_its_end(tmp_path, tiny_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    options = Namespace(epochs=10, learning_rate=1e-3, warm_up=0, batch_size=1, micro_batch_size=1, lora_rank=0, seed=0)
+    sequence = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]}
+    trainer = make_trainer(AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model), [sequence],
+                           options, tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 10 and [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
 @pytest.mark.slow
