@@ -27,7 +27,7 @@ from common import (Output, Rollout, StageOutput, UserError, dialogue, duration,
                     join, my_share, normalise, progress, prompt_path, run_stage, settings_of, tally, without_thinking)
 from environments import read_trajectories
 from prompts.base_model import (REFUSED, copies, draft_sampling, drafts, fill_dialogue, first_sentences, leak_in,
-                                repeats_itself, steps_text, without_names)
+                                quotes, repeats_itself, steps_text, without_names)
 from prompts.engine import add_engine_options, make_engine
 
 TAG = re.compile(r"Action Evaluation\s*[:：]", re.IGNORECASE)
@@ -96,7 +96,7 @@ def check_critique(rollout: dict, prompt: list[str], output: Output, others: Col
     _, *answer = TAG.split(without_thinking(output.text).replace("**", ""), maxsplit=1)
     if not answer:
         return without_thinking(output.text), "no tag"
-    text = answer[0].strip().strip("`").strip()
+    text = TAG.split(answer[0])[0].strip().strip("`").strip()
     if re.search(r"^\s*(?:[-*•]|\d+[.)]) ", text, re.MULTILINE):
         return text, "a list"
     known = {normalise(step["action"]) for step in rollout["steps"]}.union(map(normalise, others)) - {""}
@@ -112,7 +112,7 @@ def check_critique(rollout: dict, prompt: list[str], output: Output, others: Col
         return text, "speaks of the simulation"
     if repeats_itself(own_words):
         return text, "repeats itself"
-    if copies(text, prompt):
+    if copies(text, prompt) or quotes(own_words, prompt):
         return text, "copies the prompt"
     if (IMPOSSIBLE if rollout["accepted"] else POSSIBLE).search(first_sentences(text, 1)):  # others may be of other actions
         return text, "contradicts the environment"

@@ -77,7 +77,7 @@ def drafts(engine, items: list[str], request: Callable[[str, int], tuple[list[st
 
 # What would teach the policy that there was a simulation, a scratch-pad or a reward. "Expert" or "instructions" are ordinary words.
 LEAKS = re.compile(r"\b(?:simulat(?:ed?|ions?|ing)|scratch-?\s?pads?|roll-?outs?|(?:imagined|private|mental) (?:futures?|notes?)|"
-                   r"futures? (?:that )?I (?:have )?imagined|final rewards?|rewards? of \d)\b", re.IGNORECASE)
+                   r"futures? (?:that )?I (?:have )?imagined|final rewards?|rewards? of \d|eyes only)\b", re.IGNORECASE)
 SENTENCE = re.compile(r"\S(?:[^.!?\n]|[.!?](?!\s|$))*[.!?]+(?=\s|$)")  # 0.5 does not end one
 
 
@@ -110,6 +110,12 @@ def copies(text: str, prompt: list[str]) -> bool:
     source = " ".join(" ".join(prompt).split()).lower()
     sentences = (" ".join(sentence.split()).lower() for sentence in SENTENCE.findall(text))
     return any(sentence.count(" ") >= 5 and sentence in source for sentence in sentences)
+
+
+def quotes(own_words: str, prompt: list[str]) -> bool:
+    """Whether ten words in a row are the prompt's. Actions' names, which may be long, should not be among the words."""
+    source, words = " ".join(" ".join(prompt).split()).lower(), own_words.lower().split()
+    return any(" ".join(words[i:i + 10]) in source for i in range(len(words) - 9))
 
 
 def repeats_itself(text: str) -> bool:

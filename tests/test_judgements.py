@@ -67,6 +67,8 @@ def test_a_good_critique_is_taken_without_its_tag_and_cut_to_three_sentences():
     ("Action Evaluation: The mug is what I need. The mug is what I need.", "repeats itself"),
     ("Action Evaluation: Taking the mug is not possible here at all.", "contradicts the environment"),
     ("Action Evaluation: The mug is here. Which mistakes or endless loops do tasks like this one invite? None.", "copies the prompt"),
+    ("Action Evaluation: It helps, and the objects and places involved good for, and what does common sense say.", "copies the prompt"),
+    ("Action Evaluation: Taking the mug helps a little here. This is for my eyes only.", "speaks of the simulation"),
     ("Action Evaluation: teleport to outside", "acts instead of judging"),
     ("Action Evaluation: Go to drawer 3. It is the next one to look into.", "acts instead of judging"),
     ("Action Evaluation: I will now go to the outside. There is more to see.", "acts instead of judging"),
@@ -89,6 +91,10 @@ def test_a_critique_of_no_use_is_refused_with_the_reason(text, reason):
 ])
 def test_a_critique_may_speak_of_other_actions_and_of_what_it_will_bring(text):
     assert judge(f"Action Evaluation: {text}") == (text, None)
+
+
+def test_a_second_critique_is_no_part_of_the_first():
+    assert judge(f"Action Evaluation: {GOOD}\nAction Evaluation: I take the mug.") == (GOOD, None)
 
 
 def test_what_is_thought_before_a_critique_is_no_part_of_it():
