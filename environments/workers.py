@@ -80,9 +80,14 @@ def kill_with_children(pid: int) -> None:
         pass
 
 
+def own_cores() -> int:
+    """The cores of this process: those that it is bound to, or its part of the host's where several share a stage."""
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 8(x2)
+    return max(1, min(len(os.sched_getaffinity(0)), os.cpu_count() // int(here.partition("(")[0])))
+
+
 def add_workers_option(parser) -> None:
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    parser.add_argument("--workers", type=int, default=8 * cores, help="environments' processes, one for each episode in "
+    parser.add_argument("--workers", type=int, default=8 * own_cores(), help="environments' processes, one for each episode in "
                         "flight; at most --max-live; default: %(default)s, eight a core, shared by the processes of this host")
 
 

@@ -4,6 +4,7 @@ parts. Stages that are shared and killed are in test_kill.py."""
 import pytest
 
 from common import Held, StageOutput, UserError, join, launched, my_share
+from environments.workers import own_cores
 from prompts.engine import devices
 
 
@@ -57,6 +58,17 @@ def test_a_process_takes_its_own_devices(local, visible, size, used):
 def test_too_few_devices_are_named():
     with pytest.raises(UserError, match="process 4 of this host needs 2 GPUs of its own and 8 are visible"):
         devices(4, 8, 2)
+
+
+@pytest.mark.parametrize("variables, bound_to, cores", [
+    ({}, 128, 128), ({"LOCAL_WORLD_SIZE": "8"}, 128, 16),
+    ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 128, 16), ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 4, 4), ({"LOCAL_WORLD_SIZE": "200"}, 128, 1)])
+def test_processes_of_a_host_share_its_cores(monkeypatch, variables, bound_to, cores):
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(bound_to))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert own_cores() == cores
 
 
 # --- Parts ---------------------------------------------------------------------------------------------------------
