@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -82,8 +83,8 @@ def kill_with_children(pid: int) -> None:
 
 def own_cores() -> int:
     """The cores of this process: those that it is bound to, or its part of the host's where several share a stage."""
-    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 8(x2)
-    return max(1, min(len(os.sched_getaffinity(0)), os.cpu_count() // int(here.partition("(")[0])))
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 8(x2) or 8,4
+    return max(1, min(len(os.sched_getaffinity(0)), os.cpu_count() // int(re.match(r"\d+", here)[0])))
 
 
 def add_workers_option(parser) -> None:
