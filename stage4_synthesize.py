@@ -27,11 +27,10 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
 
 from common import (THOUGHT_TAG, Candidates, Critique, Output, Rollout, StageOutput, UserError, check_model, dialogue, duration,
-                    failure, failures_last, fraction, index_rows, join, listed_candidates, my_share, normalise, parse_turn,
-                    progress, prompt_path, run_stage, settings_of, stable_seed, tally, with_candidates, without_thinking)
+                    failure, failures_last, fraction, join, listed_candidates, my_share, normalise, parse_turn,
+                    progress, prompt_path, rows_by_task, run_stage, settings_of, stable_seed, tally, with_candidates, without_thinking)
 from environments import read_trajectories
 from prompts.base_model import (copies, draft_sampling, drafts, fill_dialogue, leak_in, plain_bullets, repeats_itself,
                                 small_model, steps_text, without_names)
@@ -188,15 +187,6 @@ def deliberate(step: dict, thought: str) -> None:
 # --- The stage ----------------------------------------------------------------------------------------------------
 
 
-def by_task(path: str | None, kind: type) -> Callable[[str], list[dict]]:
-    """The rows of a file that are of a task, read when they are asked for; none where there is no file."""
-    rows = index_rows(path, kind, may_be_empty=True) if path else {}
-    keys: dict[str, list[str]] = {}
-    for key, row in rows.items():
-        keys.setdefault(row["task"], []).append(key)
-    return lambda task: [rows[key] for key in keys.get(task, ())]
-
-
 def check_critiques(args: argparse.Namespace, rows: list[dict], rollouts: list[dict], critiques: list[dict]) -> None:
     """Raise UserError unless each candidate of a task whose rollout did not fail has a critique."""
     for row in rows:
@@ -213,7 +203,7 @@ def check_critiques(args: argparse.Namespace, rows: list[dict], rollouts: list[d
 
 def plan(args: argparse.Namespace) -> tuple[list[dict], dict[str, dict]]:
     """(the trajectories, switched where a rollout is better; {key: a step that needs a deliberation})"""
-    rows_of = [by_task(*file) for file in ((args.candidates, Candidates), (args.rollouts, Rollout), (args.critiques, Critique))]
+    rows_of = [rows_by_task(*file) for file in ((args.candidates, Candidates), (args.rollouts, Rollout), (args.critiques, Critique))]
     if args.critiques:
         check_model(args.critiques, args.model)
     trajectories, items = [], []

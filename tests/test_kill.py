@@ -24,12 +24,12 @@ STAGES = {  # in the order of their inputs
                "--tasks", 3, "--workers", 2),
     "candidates": ("stage1_sample.py", *ENGINE, "--trajectories", "expert.jsonl", "--n-samples", 2),
     "rollouts": ("stage2_rollout.py", *ENGINE, "--trajectories", "expert.jsonl", "--candidates", "candidates.jsonl",
-                 "--max-turns", 10, "--small-model"),
+                 "--max-turns", 8, "--small-model"),
     "critiques": ("stage3_critique.py", *ENGINE, "--trajectories", "expert.jsonl", "--rollouts", "rollouts.jsonl"),
     "deliberations": ("stage4_synthesize.py", *ENGINE, "--trajectories", "expert.jsonl", "--candidates",
                       "candidates.jsonl", "--rollouts", "rollouts.jsonl", "--critiques", "critiques.jsonl",
                       "--small-model"),
-    "evaluation": ("evaluate.py", "run", "--env", "scienceworld", *ENGINE, "--tasks", 3, "--max-turns", 4),
+    "evaluation": ("evaluate.py", "run", "--env", "scienceworld", *ENGINE, "--tasks", 2, "--max-turns", 3),
 }
 TRAININGS = {"SFT": ("stage0_sft.py", "train"), "finetuning": ("stage5_finetune.py",)}  # the same loop: SFT only with --long
 
