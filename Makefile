@@ -48,6 +48,7 @@ SHELL := /bin/bash
 #: JUDGE_BASE     a server of CRITIC, the frozen base model; empty: vLLM in the stage
 #: GENERATE       how stages that generate start: Python, or a launcher of one process a GPU (torchrun, srun); the tasks are shared
 #: LAUNCH         how training starts: Python, or accelerate's launcher for several devices
+#: REPORT_TO      where losses, rewards and deliberation rates are logged: tensorboard, wandb or trackio, whose package you install
 #: SEED           of everything
 #: LIKE           a run whose averages and speeds `make plan` goes by; empty: RUN itself where it has an iteration, else assumed ones
 PROFILE ?= laptop
@@ -152,6 +153,7 @@ $(error EPOCHS is '$(EPOCHS)'; it can be three numbers, such as '3 3 1': of SFT,
 endif
 ITER ?= 1
 TEMPERATURE ?= 1.0
+REPORT_TO ?= none
 SEED ?= 0
 GENERATE ?= $(PYTHON)
 LAUNCH ?= $(PYTHON)
@@ -245,6 +247,7 @@ EVALUATE = --env $(strip $(ENV)) $(addprefix --tasks ,$(strip $(TEST_TASKS))) $(
 engine = --max-live $(strip $(MAX_LIVE)) $(if $(strip $1),--api-base $(strip $1),$(if $(strip $(ENGINE_ARGS)),--engine-args '$(strip $(ENGINE_ARGS))'))
 # A server has GPUs of its own: one process is enough to ask it.
 start = $(if $(strip $1),$(PYTHON),$(GENERATE))
+REPORT = $(addprefix --report-to ,$(filter-out none,$(strip $(REPORT_TO))))
 ENGINE = $(call engine,$(API_BASE))
 JUDGE_ENGINE = $(call engine,$(JUDGE_BASE))
 
@@ -281,7 +284,7 @@ $(R)/expert.jsonl: $(TASK_TABLE) $(PUBLISHED) $(R)/expert.options | $(READY)
 	$(PYTHON) stage0_sft.py expert $(EXPERT) --out $@
 
 $(R)/iter0/model/config.json: $(R)/expert.jsonl $(ENV_PROMPT) $(R)/sft.options | $(BASE)
-	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(word 1,$(EPOCHS)) $(TRAIN) --out $(@D)
+	$(LAUNCH) stage0_sft.py train --model $(MODEL) --data $< --epochs $(word 1,$(EPOCHS)) $(TRAIN) $(REPORT) --out $(@D)
 endif
 
 # ---- Stages 1 to 5 of iteration K, which is part of a target's path ----
@@ -316,10 +319,10 @@ $(IN_EACH:%=%/deliberations.jsonl): $$(EXPERTS) $$(SAMPLED) $$(JUDGED) prompts/d
 
 ifneq ($(VARIANT),more-sft)
 $(MODELS): $$(I)/iter$$(K)/deliberations.jsonl $$(POLICY)/config.json $(ENV_PROMPT) $(R)/finetune$$(filter 1,$$(K)).options | $(READY)
-	$(LAUNCH) stage5_finetune.py --model $(POLICY) --data $< --epochs $(word $(if $(filter 1,$(K)),2,3),$(EPOCHS)) $(TRAIN) --out $(@D)
+	$(LAUNCH) stage5_finetune.py --model $(POLICY) --data $< --epochs $(word $(if $(filter 1,$(K)),2,3),$(EPOCHS)) $(TRAIN) $(REPORT) --out $(@D)
 else
 $(MODELS): $(R)/expert.jsonl $$(POLICY)/config.json $$(R)/iter$$(K)/model/config.json $(ENV_PROMPT) $(R)/more-sft.options | $(READY)
-	$(LAUNCH) stage0_sft.py train --model $(POLICY) --data $< --as-long-as $(R)/iter$(K)/model $(TRAIN) --out $(@D)
+	$(LAUNCH) stage0_sft.py train --model $(POLICY) --data $< --as-long-as $(R)/iter$(K)/model $(TRAIN) $(REPORT) --out $(@D)
 
 $(ITERATIONS:%=$(R)/iter%/model/config.json):
 	@test -f $@ || { echo "VARIANT=more-sft trains as long as SAND did, and there is no $@; make it first, without VARIANT"; exit 2; }
@@ -335,18 +338,18 @@ endif
 EVALUATION = $(ENV_PROMPT) $(TASK_TABLE) $(R)/evaluate.options | $(READY)
 
 %/eval-seen.jsonl %/eval-unseen.jsonl: %/model/config.json $(EVALUATION)
-	$(call start,$(API_BASE)) evaluate.py run --model $(<D) $(EVALUATE) $(ENGINE) --out $(@D)
+	$(call start,$(API_BASE)) evaluate.py run --model $(<D) $(EVALUATE) $(ENGINE) $(REPORT) --out $(@D)
 
 # The base model as a prompted agent, with an expert trajectory in its prompt (section 5.2).
 $(R)/base/eval-seen.jsonl $(R)/base/eval-unseen.jsonl &: $(R)/expert.jsonl $(R)/base.options $(EVALUATION) $(BASE)
-	$(call start,$(API_BASE)) evaluate.py run --model $(MODEL) --example $< $(EVALUATE) $(ENGINE) --out $(@D)
+	$(call start,$(API_BASE)) evaluate.py run --model $(MODEL) --example $< $(EVALUATE) $(ENGINE) $(REPORT) --out $(@D)
 
 # With the weights the same: what is deliberating itself worth?
 %/no-deliberation/eval-seen.jsonl %/no-deliberation/eval-unseen.jsonl: %/model/config.json $(EVALUATION)
-	$(call start,$(API_BASE)) evaluate.py run --model $(<D) --no-deliberation $(EVALUATE) $(ENGINE) --out $(@D)
+	$(call start,$(API_BASE)) evaluate.py run --model $(<D) --no-deliberation $(EVALUATE) $(ENGINE) $(REPORT) --out $(@D)
 
 %/best-of-5/eval-seen.jsonl %/best-of-5/eval-unseen.jsonl: %/model/config.json $(EVALUATION)
-	$(call start,$(API_BASE)) evaluate.py run --model $(<D) --best-of 5 --temperature 1 $(EVALUATE) $(ENGINE) --out $(@D)
+	$(call start,$(API_BASE)) evaluate.py run --model $(<D) --best-of 5 --temperature 1 $(EVALUATE) $(ENGINE) $(REPORT) --out $(@D)
 
 # Outputs appear whole or not at all, so make need not delete any when it is stopped just as a stage ends.
 .PRECIOUS: $(R)/expert.jsonl $(R)/iter0/model/config.json $(foreach name,candidates rollouts critiques deliberations,$(addsuffix /$(name).jsonl,$(IN_SHARED) $(IN_EACH))) \

@@ -377,7 +377,7 @@ def check_model(path: Path | str, model: str) -> None:
 def settings_of(args: argparse.Namespace) -> dict:
     """The options that decide what a stage's rows are: not where they go, nor who computes how many at once."""
     return {name: value for name, value in vars(args).items()
-            if name not in ("out", "max_live", "workers", "api_base", "engine_args", "run")}
+            if name not in ("out", "max_live", "workers", "api_base", "engine_args", "report_to", "run")}
 
 
 class Provenance:

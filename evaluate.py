@@ -50,6 +50,7 @@ from common import (PACKAGES, ROOT, Candidates, Critique, Episode, Rollout, Stag
 from environments import SPLITS, TABLE, choose_tasks, file_of, files_of, of, read_trajectories, task_type, turn_limit
 from environments.workers import EnvironmentPool, Playing, add_workers_option, play, workers_of
 from prompts.engine import add_engine_options, make_engine
+from prompts.model import add_report_option, track, tracking
 
 TEST_SPLITS = ("seen", "unseen")
 RESAMPLES = 10_000  # of the bootstrap
@@ -117,6 +118,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
                      "reward (the environment judges: an upper bound for any judge); use it with --temperature 1")
     run.add_argument("--no-deliberation", action="store_true", help="hold every turn to a line of thought that is no list "
                      "of actions: with the weights the same, what is deliberating itself worth?")
+    add_report_option(run)
     add_engine_options(run, model="the policy to evaluate", temperature=0.0, max_tokens=512)
     add_workers_option(run)
 
@@ -247,6 +249,7 @@ def read_examples(args: argparse.Namespace) -> list[dict]:
 def evaluate(args: argparse.Namespace) -> None:
     """Play the episodes of all splits together; the files appear when all are played."""
     started = time.time()
+    tracking(args.report_to, Path(args.out), "")  # a missing package is named now, not at the end
     tasks, experts = chosen_tasks(args), read_examples(args)
     tries = {split: {f"{split}/{task}/try{n}": task for task in tasks[split] for n in range(args.best_of)} for split in tasks}
     settings = {name: value for name, value in settings_of(args).items() if name != "splits"}
@@ -279,12 +282,15 @@ def evaluate(args: argparse.Namespace) -> None:
                 output.asked = engine.asked(len(todo), time.time() - started)
         if not join(*((output, tries[split]) for split, output in outputs.items())):
             return
+        logs: dict[str, float] = {}
         for split, output in outputs.items():
             rows = [best_of([output.done[f"{split}/{task}/try{n}"] for n in range(args.best_of)], task)
                     for task in tasks[split]]
             failed = sum(bool(failure(row["end"])) for row in rows)
             output.finish(rows, {"average reward": mean(row["reward"] for row in rows), "failed": failed})
+            logs |= {f"{split}/reward": mean(row["reward"] for row in rows), f"{split}/deliberation_rate": mean(map(deliberation_rate, rows))}
             print(f"{split}: {summary(rows)}{f', {failed} episodes failed' if failed else ''}; {output.path}")
+    track(args.report_to, Path(args.out), f"{Path(args.out).absolute().parent.name}/{Path(args.out).name}", logs)
     print(f"{sum(map(len, tasks.values()))} tasks in {duration(time.time() - started)}")
 
 

@@ -29,8 +29,8 @@ from pathlib import Path
 from common import (Provenance, UserError, dialogue, duration, forget_other_training, label_of, locked, prompt_path, publish,
                     run_stage, settings_of)
 from environments import read_trajectories
-from prompts.model import (ChatFormat, add_chat_options, bfloat16_is_fast, check_model_folder, check_saving, generation_config,
-                           save_checkpoint)
+from prompts.model import (ChatFormat, add_chat_options, add_report_option, bfloat16_is_fast, check_model_folder, check_saving,
+                           generation_config, save_checkpoint, tracking)
 
 CHECKPOINTS = 5  # of a training; a kill costs the steps since the last one
 
@@ -53,6 +53,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: int) -> Non
     group.add_argument("--max-model-len", type=int, default=8192, help="longest sequence, in whole steps; default: %(default)s")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     add_chat_options(group)
+    add_report_option(parser)
 
 
 # --- What is learnt -----------------------------------------------------------------------------------------------
@@ -159,6 +160,8 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
     on_gpu = torch.cuda.is_available()
     large = model.num_parameters() > 1e9  # a smaller one's activations fit on a GPU; computing them twice takes time
+    out = Path(args.out).absolute().parent  # beside the model, where its evaluations go, too
+    reports = tracking(args.report_to, out, f"{out.parent.name}/{out.name}")
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=round(args.warm_up * args.epochs * len(sequences) / args.batch_size),
@@ -171,7 +174,7 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
         # worth that.
         train_sampling_strategy="group_by_length" if args.micro_batch_size > 1 else "random",
         logging_steps=1, save_strategy="steps", save_steps=1 / CHECKPOINTS, save_total_limit=1,
-        seed=args.seed, report_to="none", disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=on_gpu)
+        seed=args.seed, **reports, disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=on_gpu)
     arguments._n_gpu = min(1, arguments.n_gpu)  # a process trains on one device; accelerate starts one for each
     pad = DataCollatorForSeq2Seq(tokenizer)
     trainer = Trainer(model=model, train_dataset=sequences, args=arguments,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import importlib.util
 import json
+import os
 import re
 import tempfile
 from array import array
@@ -180,6 +182,38 @@ def save_checkpoint(weights: dict, source, dtype, folder: Path) -> None:
     model.tie_weights()
     model.generation_config = generation_config(source)
     model.save_pretrained(folder)
+
+
+# ---- Trackers ----
+
+
+def add_report_option(group) -> None:
+    group.add_argument("--report-to", choices=("none", "tensorboard", "wandb", "trackio"), default="none", help="where losses, rewards "
+                       "and deliberation rates are logged, by transformers' own integrations; default: %(default)s")
+
+
+def tracking(report_to: str, folder: Path, name: str) -> dict:
+    """TrainingArguments for a tracker that logs under `name`, TensorBoard's files in `folder`. Raises UserError where its
+    package is missing."""
+    if report_to == "none":
+        return {"report_to": "none"}
+    if not importlib.util.find_spec(report_to):
+        raise UserError(f"--report-to {report_to}: the package is not installed; `.venv/bin/pip install {report_to}`")
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "logs"))
+    return {"report_to": [report_to], "run_name": name}
+
+
+def track(report_to: str, folder: Path, name: str, logs: dict[str, float]) -> None:
+    """Log figures that belong to no training step beside the losses of the training."""
+    settings = tracking(report_to, folder, name)
+    if report_to == "none":
+        return
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
+    arguments, state = TrainingArguments(output_dir=str(folder), **settings), TrainerState(is_world_process_zero=True)
+    for callback in (kind() for kind in get_reporting_integration_callbacks([report_to])):
+        callback.on_log(arguments, state, TrainerControl(), logs=logs)
+        callback.on_train_end(arguments, state, TrainerControl())
 
 
 def add_chat_options(group) -> None:

@@ -311,7 +311,7 @@ def training(table: Table, args: argparse.Namespace, experts: list[dict]) -> Non
 
     def ours(model, folder: str):
         options = argparse.Namespace(epochs=1, learning_rate=1e-5, batch_size=8, micro_batch_size=1, lora_rank=0,
-                                     warm_up=0.03, seed=0)
+                                     warm_up=0.03, seed=0, report_to="none", out=f"{folder}/model")
         return make_trainer(model, tokenizer, sequences, options, Path(folder))
 
     def padded(model, folder: str):

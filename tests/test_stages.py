@@ -520,12 +520,23 @@ def test_a_sharded_model_that_computes_activations_twice_is_saved_under_its_own_
 @pytest.mark.slow
 def test_a_training_keeps_one_checkpoint_and_writes_none_at_its_end(tmp_path, tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    options = Namespace(epochs=10, learning_rate=1e-3, warm_up=0, batch_size=1, micro_batch_size=1, lora_rank=0, seed=0)
+    options = Namespace(epochs=10, learning_rate=1e-3, warm_up=0, batch_size=1, micro_batch_size=1, lora_rank=0, seed=0,
+                        report_to="none", out=tmp_path / "model")
     sequence = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]}
     trainer = make_trainer(AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model), [sequence],
                            options, tmp_path)
     trainer.train()
     assert trainer.state.global_step == 10 and [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize("command", [("evaluate.py", "run", "--env", "scienceworld", "--model", MODEL, "--out", "out"),
+                                     (*TRAIN, "--batch-size", 1)], ids=["evaluate", "train"])
+@pytest.mark.slow
+def test_a_tracker_without_its_package_is_named_before_any_work(script, tmp_path, command):
+    write(tmp_path / "expert.jsonl", ROW)
+    done = script(*command, "--report-to", "trackio")
+    assert done.returncode == 2 and done.stderr.endswith("the package is not installed; `.venv/bin/pip install trackio`\n")
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.slow
