@@ -1,9 +1,11 @@
 """What a user can rely on in the page of a run: whatever a model has written is shown and nothing more, in a real browser."""
 
 import json
+import random
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -23,12 +25,13 @@ def save(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_run(folder, tasks=4, models=("base", "iter0", "iter1", "iter2"), turns=4, text=HOSTILE):
+def make_run(folder, tasks=4, models=("base", "iter0", "iter1", "iter2"), turns=4, text=HOSTILE, observe=None):
     """Episodes of all models on test tasks, and one flagged step of a training task, all with a text in every place."""
+    observe = observe or (lambda: text)
     for place, model in enumerate(models):
         for split, shift in (("seen", 0), ("unseen", tasks)):
             save(folder / model / f"eval-{split}.jsonl", *(episode(
-                f"lifespan/{n + shift}", (n + place) % 3 / 2, [step(f"go {text}", WEIGHS if t else text, observation=text) for t in range(turns)],
+                f"lifespan/{n + shift}", (n + place) % 3 / 2, [step(f"go {text}", WEIGHS if t else text, observation=observe()) for t in range(turns)],
                 "success" if (n + place) % 3 == 2 else "turn limit", split) for n in range(tasks)))
     expert = {"key": TASK, "task": TASK, "instruction": text, "reward": 1.0, "source": "test",
               "steps": [step(f"look {text}", text), step("go", "I go.")]}
@@ -116,9 +119,9 @@ def test_alone_it_says_which_command_fills_it():
 @in_browser
 @pytest.mark.slow
 def test_three_hundred_tasks_with_eight_models_stay_small_and_open(tmp_path):
-    observation = "This room is called the kitchen. In it you see a table, a sink, a stove and a cupboard, which is closed. " * 4
+    draw, words = random.Random(0), Path(ROOT / "README.md").read_text().split()
     models = ("base", "iter0", "iter1", "iter2", "iter3", "more-sft/iter1", "no-sas/iter1", "no-eac/iter1")
-    page = make_run(tmp_path / "large", 150, models, 25, observation)
+    page = make_run(tmp_path / "large", 150, models, 25, "north", lambda: " ".join(draw.choices(words, k=80)))
     assert page.stat().st_size < 30e6
     body, console = shown(page, "task=scienceworld/lifespan/120", "500,900")
     assert "301 of 301 tasks" in body and body.count("<h3>") == 8 and not console
