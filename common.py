@@ -468,11 +468,12 @@ class StageOutput:
     def read_parts(self) -> None:
         """Take in the rows that have come to the parts since they were read last."""
         for part in self._parts():
-            if part not in self.done.ends and (header := self._header_of(part)):
-                self.provenance.started = min(self.provenance.started, header["started"])
-                self.done.read(part, is_mine=part == self.part)
-            elif part in self.done.ends and part != self.part:
-                self.done.read(part, is_mine=False)
+            with contextlib.suppress(FileNotFoundError):  # another process has just made the output
+                if part not in self.done.ends and (header := self._header_of(part)):
+                    self.provenance.started = min(self.provenance.started, header["started"])
+                    self.done.read(part, is_mine=part == self.part)
+                elif part in self.done.ends and part != self.part:
+                    self.done.read(part, is_mine=False)
 
     def _header_of(self, part: Path) -> dict | None:
         """The first line of a part, if its rows are of use here."""
@@ -533,7 +534,7 @@ class StageOutput:
         if self.finished:
             for path in [path for path in self.path.parent.iterdir() if path.name.lstrip(".").startswith(f"{self.path.name}.part")]:
                 if path.suffix != ".lock" or not path.read_text(encoding="utf-8"):  # whoever still holds one is about to leave it
-                    path.unlink()
+                    path.unlink(missing_ok=True)
 
 
 class Kept(Mapping):

@@ -95,6 +95,25 @@ def test_the_last_of_them_makes_the_output_from_all_parts(tmp_path, monkeypatch,
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.meta.json", ".out.jsonl.lock"}
 
 
+def test_one_that_ends_while_another_makes_the_output_leaves_it_alone(tmp_path, monkeypatch):
+    """Its parts are gone, whether it sees that when it lists them, when it opens them, or when it has the lock."""
+    out, keys = tmp_path / "out.jsonl", ["a", "b"]
+    rank(monkeypatch, 0, 2)
+    with StageOutput(out, {}, []) as slow:
+        slow.write({"key": "a"})
+        rank(monkeypatch, 1, 2)
+        with StageOutput(out, {}, []) as fast:
+            fast.write({"key": "b"})
+            slow.close()
+            parts = fast._parts()
+            assert join((fast, keys))
+            assert not join((slow, keys))  # the other holds the lock
+            fast.finish((fast.done[key] for key in keys), {})
+        monkeypatch.setattr(slow, "_parts", lambda: parts)
+        assert not join((slow, keys))
+    assert out.read_text() == '{"key": "a"}\n{"key": "b"}\n' and not list(tmp_path.glob("out.jsonl.part*"))
+
+
 def test_a_part_with_a_cut_line_or_of_other_settings_is_no_hindrance(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.jsonl"
     for number, settings in enumerate(({}, {"other": 1}, {})):
