@@ -64,6 +64,8 @@ def test_too_few_devices_are_named():
     ({}, 128, 128), ({"LOCAL_WORLD_SIZE": "8"}, 128, 16),
     ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 128, 16), ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 4, 4), ({"LOCAL_WORLD_SIZE": "200"}, 128, 1)])
 def test_processes_of_a_host_share_its_cores(monkeypatch, variables, bound_to, cores):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):  # vLLM sets the first in its own process
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 128)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(bound_to))
     for name, value in variables.items():

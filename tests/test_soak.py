@@ -16,7 +16,7 @@ from practice_games import write_practice_games
 from test_scheduler import Scripted
 
 pytestmark = pytest.mark.slow
-EPISODES = 2000 if LONG else 150
+EPISODES = 2000 if LONG else 100
 KILLS = EPISODES // 50
 TURNS = 2
 

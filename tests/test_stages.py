@@ -461,7 +461,8 @@ def test_a_training_of_a_single_step_learns(script, tmp_path, tiny_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--lora-rank", 4), ()], ids=["LoRA", "all weights"])
+@pytest.mark.parametrize("options", [pytest.param(("--lora-rank", 4), marks=pytest.mark.long, id="LoRA"),
+                                     pytest.param((), id="all weights")])
 def test_two_processes_train_as_one_does(script, tmp_path, tiny_model, options):
     from transformers import AutoModelForCausalLM
     write(tmp_path / "expert.jsonl", *(row | {"instruction": f"Find {row['key']}."} for row in trajectories(8)))
