@@ -862,7 +862,7 @@ def task_pages(folder: Path, models: dict) -> Iterator[tuple[dict, dict]]:
         for row in both(splits):
             episodes.setdefault(row["task"], {})[model] = row | {"steps": marked(row["steps"])}
     stages = {path.parent.relative_to(folder).as_posix(): stage_rows(folder, path.parent) for path in sorted(folder.rglob("deliberations.jsonl"))}
-    for task in sorted(experts.keys() | episodes.keys()):
+    for task in sorted(experts.keys() | episodes.keys(), key=lambda task: re.sub(r"\d+", lambda digits: digits[0].zfill(9), task)):
         played = episodes.get(task, {})
         iterations = {name: iteration for name, of_task in stages.items() if (iteration := of_task(task))}
         candidates = [each for iteration in iterations.values() for step in iteration["steps"] for each in step.get("candidates", ())]
