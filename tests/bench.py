@@ -392,7 +392,7 @@ def bookkeeping_of(stage: str, folder: str) -> tuple[float, float]:
     import importlib
     module = importlib.import_module(stage)
     module.play, module.EnvironmentPool = played, lambda *_: contextlib.nullcontext()
-    module.make_engine = lambda args: argparse.Namespace(usage=str)
+    module.make_engine = lambda args: argparse.Namespace(usage=str, asked=lambda *_: {})
     os.chdir(folder)
     sys.argv = [stage, "--trajectories", "expert.jsonl", "--model", "none"] + {
         "stage2_rollout": ["--candidates", "candidates.jsonl", "--out", "rollouts.jsonl"],
