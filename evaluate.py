@@ -785,7 +785,7 @@ def cost(what: str, part: Part, times: int, rows: float, args: argparse.Namespac
     """[what, rows, requests, tokens in, tokens out, seconds or None]"""
     numbers = [times * rows * each for each in (part.requests, part.tokens_in, part.tokens_out)]
     rate = args.tokens_per_second if part.requests else args.training_tokens_per_second
-    seconds = times * (part.start * bool(rows) + rows * part.seconds) if part.seconds is not None else None
+    seconds = times * (part.start + rows * part.seconds) if rows and part.seconds is not None else None if rows else 0.0
     if rate:
         seconds = (numbers[2] if part.requests else numbers[1]) / rate
     return [what, times * rows, *numbers, seconds]
