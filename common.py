@@ -231,21 +231,19 @@ def read_rows(path: Path | str, kind: type, may_be_empty: bool = False) -> list[
     return [row for row, _ in checked_rows(path, kind, may_be_empty)]
 
 
-def index_rows(path: Path | str, kind: type, may_be_empty: bool = False) -> Kept:
-    """{key: row} of a file that is too large for memory: a row is read from the disk when it is asked for."""
-    rows = Kept()
-    rows.ends[Path(path)] = 0
-    for row, length in checked_rows(path, kind, may_be_empty):
-        rows.add(row["key"], Path(path), length)
-    return rows
+def index_rows(path: Path | str, kind: type, index: Kept) -> Iterator[dict]:
+    """The rows of a file that is too large for memory, each entered into the index, which reads it again when asked for."""
+    index.ends[Path(path)] = 0
+    for row, length in checked_rows(path, kind, may_be_empty=True):
+        index.add(row["key"], Path(path), length)
+        yield row
 
 
 def rows_by_task(path: Path | str | None, kind: type) -> Callable[[str], list[dict]]:
     """The rows of a file that are of a task, read when they are asked for; none where there is no file."""
-    rows = index_rows(path, kind, may_be_empty=True) if path else {}
-    keys: dict[str, list[str]] = {}
-    for key, row in rows.items():
-        keys.setdefault(row["task"], []).append(key)
+    rows, keys = Kept(), {}
+    for row in index_rows(path, kind, rows) if path else ():
+        keys.setdefault(row["task"], []).append(row["key"])
     return lambda task: [rows[key] for key in keys.get(task, ())]
 
 
@@ -479,12 +477,10 @@ class StageOutput:
         """The first line of a part, if its rows are of use here."""
         with open(part, "rb") as file:
             line = file.readline()
-        try:
+        with contextlib.suppress(ValueError, TypeError):  # it is no header: a kill came first
             header = json.loads(line)
             if header | {"started": ""} == self.header | {"started": ""}:
                 return header
-        except (ValueError, TypeError):
-            header = None  # a kill came first
         if part == self.part and line.endswith(b"\n"):
             print(f"{part}: starting afresh, its rows were made with other settings, inputs or code", file=sys.stderr)
         return None
@@ -799,7 +795,7 @@ def fraction(part: int, whole: int) -> str:
     return f"{part} of {whole}" + (f" ({100 * part / whole:.0f} %)" if whole else "")
 
 
-def tally(reasons: Iterable[str] | Counter) -> str:
+def tally(reasons: Iterable[str] | Mapping[str, int]) -> str:
     """What occurs how often: "3 no tag, 1 too short"."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common()) or "none"
 

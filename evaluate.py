@@ -21,14 +21,16 @@ with its whole transcript, and prints a line for each: average reward, reward a 
 
 `report` writes report.md and its figures into a run's folder: the paper's tables and figures for this run, and
 why episodes ended as they did. `compare` puts several runs into one table; those whose names differ only in
--seedN are averaged. `show` prints one episode, `view` makes a page of all that the run has. `verify` compares a run's files with what their sidecars say of
-inputs, code and versions. `plan` says what a run will ask for and what it needs, before anything is spent.
+-seedN are averaged. `show` prints one episode, `view` makes a page of all that the run has. `verify` compares a
+run's files with what their sidecars say of inputs, code and versions. `plan` says what a run will ask for and
+what it needs, before anything is spent.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import gzip
 import json
 import math
@@ -181,10 +183,15 @@ def refused_again(episodes: list[dict], fewest: int, most: float) -> list[bool]:
     return again
 
 
+def loops(steps: list[dict]) -> list[bool]:
+    """Of each step, whether it is at least the third in a row with the same action and answer."""
+    turns = [(step["action"], step["observation"]) for step in steps]
+    return [t > 1 and turns[t - 2] == turns[t - 1] == turns[t] for t in range(len(turns))]
+
+
 def is_loop(episode: dict) -> bool:
     """Whether some action was repeated three times in a row with the same answer."""
-    turns = [(step["action"], step["observation"]) for step in episode["steps"]]
-    return any(turns[i] == turns[i + 1] == turns[i + 2] for i in range(len(turns) - 2))
+    return any(loops(episode["steps"]))
 
 
 def changes_its_mind(step: dict) -> bool:
@@ -249,7 +256,7 @@ def read_examples(args: argparse.Namespace) -> list[dict]:
 def evaluate(args: argparse.Namespace) -> None:
     """Play the episodes of all splits together; the files appear when all are played."""
     started = time.time()
-    tracking(args.report_to, Path(args.out), "")  # a missing package is named now, not at the end
+    tracking(args.report_to, Path(args.out))  # a missing package is named now, not at the end
     tasks, experts = chosen_tasks(args), read_examples(args)
     tries = {split: {f"{split}/{task}/try{n}": task for task in tasks[split] for n in range(args.best_of)} for split in tasks}
     settings = {name: value for name, value in settings_of(args).items() if name != "splits"}
@@ -290,7 +297,7 @@ def evaluate(args: argparse.Namespace) -> None:
             output.finish(rows, {"average reward": mean(row["reward"] for row in rows), "failed": failed})
             logs |= {f"{split}/reward": mean(row["reward"] for row in rows), f"{split}/deliberation_rate": mean(map(deliberation_rate, rows))}
             print(f"{split}: {summary(rows)}{f', {failed} episodes failed' if failed else ''}; {output.path}")
-    track(args.report_to, Path(args.out), f"{Path(args.out).absolute().parent.name}/{Path(args.out).name}", logs)
+    track(args.report_to, Path(args.out), logs)
     print(f"{sum(map(len, tasks.values()))} tasks in {duration(time.time() - started)}")
 
 
@@ -556,7 +563,7 @@ def stage_section(folder: Path) -> list[str]:
                      fraction(said["no draft of use"], said["drafted"]) if said else "unknown",
                      fraction(sum("candidates" in step for step in steps), len(steps))])
         reasons.append([iteration.name, tally(row_error for row in critiques for row_error in row["draft_errors"]),
-                        tally(Counter(said.get("draft errors", {})))])
+                        tally(said.get("draft errors", {}))])
     return ["## What the stages did", "", *table(
         ["iteration", "steps flagged", "critic", "critiques retried", "from the template", "deliberations retried",
          "without a draft of use", "training steps that deliberate"], rows), "Why drafts were not used:", "", *table(
@@ -774,7 +781,7 @@ def plan(args: argparse.Namespace) -> None:
             ("stage 4", "deliberations", args.iterations, asked * flagged),
             ("stage 5", "deliberations' tokens", 1, experts * (later + last * (args.iterations - 1))),
             ("SAND, evaluation", "SAND", args.iterations, tests)]
-    print_costs([cost(what, parts[part], times, count, args) for what, part, times, count in rows], args)
+    print_costs([cost(what, parts[part], times, count, args) for what, part, times, count in rows])
     print(f"{tasks} training tasks, {experts:.0f} experts, {steps:.0f} steps, {flagged:.0f} flagged, {sampled:.0f} sampled actions an "
           f"iteration; {tests} test tasks. Per row " + (f"as in {args.like}" if args.like else "as assumed: a small run tells better, "
           "with LIKE=runs/NAME") + ".\n")
@@ -791,7 +798,7 @@ def cost(what: str, part: Part, times: int, rows: float, args: argparse.Namespac
     return [what, times * rows, *numbers, seconds]
 
 
-def print_costs(costs: list[list], args: argparse.Namespace) -> None:
+def print_costs(costs: list[list]) -> None:
     total = [sum(row[place] for row in costs if row[2]) for place in (2, 3, 4)]
     known = [row[5] for row in costs if row[5] is not None]
     costs = [*costs, ["in all", "", *total, sum(known) if len(known) == len(costs) else None]]
@@ -861,7 +868,9 @@ def task_pages(folder: Path, models: dict) -> Iterator[tuple[dict, dict]]:
     for model, splits in models.items():
         for row in both(splits):
             episodes.setdefault(row["task"], {})[model] = row | {"steps": marked(row["steps"])}
-    stages = {path.parent.relative_to(folder).as_posix(): stage_rows(folder, path.parent) for path in sorted(folder.rglob("deliberations.jsonl"))}
+    read = functools.cache(rows_by_task)  # variants share files with the run
+    stages = {path.parent.relative_to(folder).as_posix(): stage_rows(folder, path.parent, read)
+              for path in sorted(folder.rglob("deliberations.jsonl"))}
     for task in sorted(experts.keys() | episodes.keys(), key=lambda task: re.sub(r"\d+", lambda digits: digits[0].zfill(9), task)):
         played = episodes.get(task, {})
         iterations = {name: iteration for name, of_task in stages.items() if (iteration := of_task(task))}
@@ -880,15 +889,15 @@ def task_pages(folder: Path, models: dict) -> Iterator[tuple[dict, dict]]:
 
 def marked(steps: list[dict]) -> list[dict]:
     """The steps, those marked that do for the third time in a row what has changed nothing."""
-    turns = [(step["action"], step["observation"]) for step in steps]
-    return [step | ({"loops": True} if t > 1 and turns[t - 2] == turns[t - 1] == turns[t] else {}) for t, step in enumerate(steps)]
+    return [step | ({"loops": True} if is_third else {}) for step, is_third in zip(steps, loops(steps), strict=True)]
 
 
-def stage_rows(folder: Path, iteration: Path) -> Callable[[str], dict]:
-    """What an iteration has of a task: each step as it is learnt, with its candidates, their rollouts and critiques."""
+def stage_rows(folder: Path, iteration: Path, read: Callable) -> Callable[[str], dict]:
+    """What an iteration has of a task: each step as it is learnt, with its candidates, their rollouts and critiques.
+    `read` is `rows_by_task`."""
     def rows_of(name: str, kind: type) -> Callable[[str], list[dict]]:
         shared = [path for path in (iteration / name, folder / iteration.name / name) if path.exists()]
-        return rows_by_task(shared[0] if shared else None, kind)
+        return read(shared[0] if shared else None, kind)
 
     learnt, sampled = rows_of("deliberations.jsonl", Trajectory), rows_of("candidates.jsonl", Candidates)
     rolled, judged = rows_of("rollouts.jsonl", Rollout), rows_of("critiques.jsonl", Critique)

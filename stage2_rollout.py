@@ -138,7 +138,8 @@ def roll_out(args: argparse.Namespace) -> None:
         if todo:
             with EnvironmentPool(label, workers_of(args, len(todo))) as pool:
                 engine = make_engine(args)
-                played = failures_last(play(map(episode_of, todo), engine, pool, turn_sampling(args.temperature, args.max_tokens), args.seed),
+                sampling = turn_sampling(args.temperature, args.max_tokens)
+                played = failures_last(play(map(episode_of, todo), engine, pool, sampling, args.seed),
                                        lambda episode: failure(episode.end), len(share))
                 for episode in progress(played, total=len(todo), desc="rollout"):
                     row, place = work[episode.key]

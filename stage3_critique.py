@@ -23,8 +23,9 @@ import time
 from collections import Counter
 from collections.abc import Collection
 
-from common import (Output, Rollout, StageOutput, UserError, dialogue, duration, failure, failures_last, fraction, index_rows,
-                    join, my_share, normalise, progress, prompt_path, run_stage, settings_of, tally, without_thinking)
+from common import (Kept, Output, Rollout, StageOutput, UserError, dialogue, duration, failure, failures_last, fraction,
+                    index_rows, join, my_share, normalise, progress, prompt_path, run_stage, settings_of, tally,
+                    without_thinking)
 from environments import read_trajectories
 from prompts.base_model import (REFUSED, copies, draft_sampling, drafts, fill_dialogue, first_sentences, leak_in,
                                 quotes, repeats_itself, steps_text, without_names)
@@ -147,14 +148,14 @@ def critique(args: argparse.Namespace) -> None:
     started = time.time()
     trajectories = {row["task"]: row for row in read_trajectories(args.trajectories)}
     actions: dict[str, set[str]] = {task: {step["action"] for step in row["steps"]} for task, row in trajectories.items()}
-    rollouts = index_rows(args.rollouts, Rollout, may_be_empty=True)
+    rollouts = Kept()
     judged = {}  # {key: task} of those that did not fail
-    for key, row in rollouts.items():
+    for row in index_rows(args.rollouts, Rollout, rollouts):
         if row["task"] not in trajectories:
-            raise UserError(f"{args.rollouts}: '{key}' belongs to no trajectory of {args.trajectories}; "
+            raise UserError(f"{args.rollouts}: '{row['key']}' belongs to no trajectory of {args.trajectories}; "
                             "the two files do not belong together, run stages 1 and 2 again")
         if not failure(row["end"]):
-            judged[key] = row["task"]
+            judged[row["key"]] = row["task"]
             actions[row["task"]].add(row["steps"][0]["action"])
 
     def request(key: str, attempt: int) -> tuple[list[str], dict]:

@@ -160,8 +160,7 @@ def make_trainer(model, tokenizer, sequences: list[dict], args: argparse.Namespa
                                                  target_modules="all-linear", task_type="CAUSAL_LM"))
     on_gpu = torch.cuda.is_available()
     large = model.num_parameters() > 1e9  # a smaller one's activations fit on a GPU; computing them twice takes time
-    out = Path(args.out).absolute().parent  # beside the model, where its evaluations go, too
-    reports = tracking(args.report_to, out, f"{out.parent.name}/{out.name}")
+    reports = tracking(args.report_to, Path(args.out).absolute().parent)  # beside the model, where its evaluations go, too
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=round(args.warm_up * args.epochs * len(sequences) / args.batch_size),

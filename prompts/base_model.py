@@ -105,16 +105,21 @@ def first_sentences(text: str, count: int) -> str:
     return " ".join(sentence.strip() for sentence in SENTENCE.findall(text)[:count])
 
 
+def one_line(prompt: list[str]) -> str:
+    """A prompt's words, in small letters, with single blanks."""
+    return " ".join(" ".join(prompt).split()).lower()
+
+
 def copies(text: str, prompt: list[str]) -> bool:
     """Whether a sentence of at least six words is taken from the prompt as it is."""
-    source = " ".join(" ".join(prompt).split()).lower()
+    source = one_line(prompt)
     sentences = (" ".join(sentence.split()).lower() for sentence in SENTENCE.findall(text))
     return any(sentence.count(" ") >= 5 and sentence in source for sentence in sentences)
 
 
 def quotes(own_words: str, prompt: list[str]) -> bool:
     """Whether ten words in a row are the prompt's. Actions' names, which may be long, should not be among the words."""
-    source, words = " ".join(" ".join(prompt).split()).lower(), own_words.lower().split()
+    source, words = one_line(prompt), own_words.lower().split()
     return any(" ".join(words[i:i + 10]) in source for i in range(len(words) - 9))
 
 

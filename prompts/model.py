@@ -192,20 +192,21 @@ def add_report_option(group) -> None:
                        "and deliberation rates are logged, by transformers' own integrations; default: %(default)s")
 
 
-def tracking(report_to: str, folder: Path, name: str) -> dict:
-    """TrainingArguments for a tracker that logs under `name`, TensorBoard's files in `folder`. Raises UserError where its
-    package is missing."""
+def tracking(report_to: str, folder: Path) -> dict:
+    """TrainingArguments for a tracker of what is made in `folder`, such as runs/x/iter1, whose last two names are the run's
+    there; TensorBoard's files go into it. Raises UserError where the tracker's package is missing."""
+    folder = folder.absolute()
     if report_to == "none":
         return {"report_to": "none"}
     if not importlib.util.find_spec(report_to):
         raise UserError(f"--report-to {report_to}: the package is not installed; `.venv/bin/pip install {report_to}`")
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "logs"))
-    return {"report_to": [report_to], "run_name": name}
+    return {"report_to": [report_to], "run_name": f"{folder.parent.name}/{folder.name}"}
 
 
-def track(report_to: str, folder: Path, name: str, logs: dict[str, float]) -> None:
+def track(report_to: str, folder: Path, logs: dict[str, float]) -> None:
     """Log figures that belong to no training step beside the losses of the training."""
-    settings = tracking(report_to, folder, name)
+    settings = tracking(report_to, folder)
     if report_to == "none":
         return
     from transformers import TrainerControl, TrainerState, TrainingArguments

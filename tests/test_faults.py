@@ -361,7 +361,7 @@ def test_a_failed_rollout_is_neither_judged_nor_compared(script, scripted, tmp_p
 
 
 def test_many_environments_get_the_files_they_need_or_are_told_how_many_there_can_be():
-    """Within soft limits of 1,024 open files, and of 256 that no process may raise."""
+    """Within soft limits of 1,024 open files, and of 512 that no process may raise."""
     def limited(soft, hard):
         return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
